@@ -1,0 +1,41 @@
+# make demo   log both embedded models, serve each, ask both a question
+# make setup  the environment with all extras, in .venv
+# make test   the tests
+# make lint   ruff and mypy
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+EXTRAS := azure,dev,notebooks,quantize,spark,transformers,ui
+
+.PHONY: demo setup test lint clean
+
+# The demo needs less than the tests do, and is somebody's first impression: it installs just that.
+demo: .venv/.core
+	$(BIN)/python scripts/demo.py
+
+setup: .venv/.all
+
+test: .venv/.all
+	$(BIN)/python -m pytest
+
+lint: .venv/.all
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv .demo
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.core: .venv/bin/python pyproject.toml constraints.txt
+	@echo "Installing into .venv (this takes some minutes the first time) ..."
+	$(PIP) --editable '.[transformers]'
+	@touch $@
+
+.venv/.all: .venv/.core
+	@echo "Installing all extras into .venv ..."
+	$(PIP) --editable '.[$(EXTRAS)]'
+	@touch $@

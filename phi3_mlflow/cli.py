@@ -1,0 +1,252 @@
+"""The command line: one verb, one function. Results go to stdout, everything else to stderr."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+import phi3_mlflow
+from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error
+
+
+class _Group(click.Group):
+    """A group whose commands end with one line and exit code 1 where an error is meant for the user."""
+
+    def invoke(self, context: click.Context) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return super().invoke(context)
+        except InvalidRequest as error:
+            raise click.UsageError(str(error)) from error
+        except Phi3Error as error:
+            raise click.ClickException(str(error)) from error
+        except MlflowException as error:
+            raise click.ClickException(error.message) from error
+
+
+def main() -> None:
+    """The entry point of `phi3-mlflow`."""
+    cli(prog_name="phi3-mlflow")
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(phi3_mlflow.__version__, prog_name="phi3-mlflow")
+def cli() -> None:
+    """Microsoft's Phi-3 as MLflow models: build, serve, talk to them, take them to Azure ML.
+
+    Every command works at once with the small embedded model; --weights names the real ones.
+
+    \b
+    Example:
+      phi3-mlflow chat -p "What is the capital of Spain?"
+    """
+    # MLflow reports each step of making its database.
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+@cli.command()
+@click.argument("weights")
+@click.option("--form", type=click.Choice(["transformers", "onnx"]), help="Default: onnx where the name ends so.")
+@click.option("--revision", help="A branch, tag or commit. Default: the pinned commit.")
+def pull(weights: str, form: str | None, revision: str | None) -> None:
+    """Download weights from the Hugging Face hub and print their folder.
+
+    \b
+    Example:
+      phi3-mlflow pull microsoft/Phi-3-mini-4k-instruct-onnx
+    """
+    from phi3_mlflow.weights import resolve
+
+    onnx = form == "onnx" or (form is None and "-onnx" in weights)
+    click.echo(resolve(weights, "onnx" if onnx else "transformers", revision=revision).folder)
+
+
+@cli.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("destination", type=click.Path(path_type=Path))
+@click.option("--precision", type=click.Choice(["int4", "fp32"]), default="int4", show_default=True)
+@click.option("--block-size", type=int, default=32, show_default=True, help="Weights that share a scale.")
+@click.option("--accuracy-level", type=int, default=4, show_default=True, help="4 is fast, 1 is exact.")
+def quantize(source: Path, destination: Path, precision: str, block_size: int, accuracy_level: int) -> None:
+    """Turn a Hugging Face folder into an ONNX folder for the CPU.
+
+    \b
+    Example:
+      phi3-mlflow quantize ./Phi-3-mini-4k-instruct ./phi3-int4
+    """
+    from phi3_mlflow.quantize import export
+
+    folder = export(
+        source,
+        destination,
+        precision=precision,  # type: ignore[arg-type]
+        block_size=block_size,
+        accuracy_level=accuracy_level,
+        report=lambda line: click.echo(line, err=True),
+    )
+    click.echo(folder)
+
+
+@cli.group()
+def log() -> None:
+    """Log a model to MLflow, and register it with --register; prints its URI."""
+
+
+def _log_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(
+        [
+            click.option("--revision", help="A branch, tag or commit of the hub repository. Default: the pinned one."),
+            click.option(
+                "--task",
+                type=click.Choice(["llm/v1/chat", "llm/v1/completions", "flat"]),
+                default="llm/v1/chat",
+                show_default=True,
+            ),
+            click.option("--raw", is_flag=True, help="Other tasks: take prompts as they are, without chat template."),
+            click.option(
+                "-c",
+                "--config",
+                multiple=True,
+                metavar="NAME=VALUE",
+                help="A default of the model, such as temperature=0.7 or context_length=2048. Repeatable.",
+            ),
+            click.option("--name", default="", help="Name of the logged model."),
+            click.option("--register", default="", metavar="NAME", help="Register a version under this name."),
+            click.option("--alias", default="", help="Alias for that version; models:/NAME@ALIAS then finds it."),
+            click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of the URI."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def _log_one(builder: str, **options: Any) -> dict[str, Any]:
+    import mlflow
+
+    from phi3_mlflow.builders import genai, pipeline
+
+    config = _parse_config(options["config"])
+    named = {"name": options["name"]} if options["name"] else {}
+    info = (genai if builder == "onnx" else pipeline).log_model(
+        options["weights"],
+        **named,
+        revision=options["revision"] or None,
+        task=options["task"],
+        template=not options["raw"],
+        model_config=config,
+        registered_model_name=options["register"] or None,
+        alias=options["alias"] or None,
+    )
+    result: dict[str, Any] = {"builder": builder, "model_uri": info.model_uri, "run_id": info.run_id}
+    result["tracking_uri"] = mlflow.get_tracking_uri()
+    if options["register"]:
+        result["registered"] = f"models:/{options['register']}/{info.registered_model_version}"
+    return result
+
+
+def _print_logged(results: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(results[0] if len(results) == 1 else results, indent=2))
+        return
+    for result in results:
+        click.echo(result["model_uri"])
+        if "registered" in result:
+            click.echo(f"Registered as {result['registered']}", err=True)
+        click.echo(f"Serve it:  mlflow models serve -m {result['model_uri']} -p 5000 --env-manager local", err=True)
+
+
+@log.command("transformers")
+@click.option("--weights", default="embedded", show_default=True, help="embedded, a folder, or a Hugging Face id.")
+@_log_options
+def log_transformers(as_json: bool, **options: Any) -> None:
+    """Log a transformers pipeline.
+
+    \b
+    Example:
+      phi3-mlflow log transformers --weights microsoft/Phi-3-mini-4k-instruct --register phi3 --alias champion
+    """
+    _print_logged([_log_one("transformers", **options)], as_json)
+
+
+@log.command("onnx")
+@click.option("--weights", default="embedded", show_default=True, help="embedded, a folder, or a Hugging Face id.")
+@_log_options
+def log_onnx(as_json: bool, **options: Any) -> None:
+    """Log an int4 ONNX model; needs no torch.
+
+    \b
+    Example:
+      phi3-mlflow log onnx --weights microsoft/Phi-3-mini-4k-instruct-onnx -c temperature=0.7
+    """
+    _print_logged([_log_one("onnx", **options)], as_json)
+
+
+@log.command("both")
+@click.option("--transformers-weights", default="embedded", show_default=True, help="For the transformers model.")
+@click.option("--onnx-weights", default="embedded", show_default=True, help="For the ONNX model.")
+@_log_options
+def log_both(transformers_weights: str, onnx_weights: str, as_json: bool, **options: Any) -> None:
+    """Log one model of each kind; --name and --register get -transformers and -onnx appended.
+
+    \b
+    Example:
+      phi3-mlflow log both --register phi3
+    """
+    results = []
+    for builder, weights in (("transformers", transformers_weights), ("onnx", onnx_weights)):
+        named = {key: f"{options[key]}-{builder}" if options[key] else "" for key in ("name", "register")}
+        results.append(_log_one(builder, **{**options, **named, "weights": weights}))
+    _print_logged(results, as_json)
+
+
+@cli.command()
+@click.argument("model", required=False)
+@click.option("-p", "--prompt", help="Ask this, print the answer and end.")
+@click.option("--system", help="A system message.")
+@click.option("-o", "--option", multiple=True, metavar="NAME=VALUE", help="Such as temperature=0.7. Repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="With -p: print the whole completion object.")
+def chat(model: str | None, prompt: str | None, system: str | None, option: tuple[str, ...], as_json: bool) -> None:
+    """Talk to a logged model; without MODEL, to the embedded one.
+
+    MODEL is any model URI of MLflow: models:/NAME@alias, models:/m-..., runs:/..., or a folder.
+
+    \b
+    Examples:
+      phi3-mlflow chat -p "What is the capital of Spain?"
+      phi3-mlflow chat models:/phi3@champion --system "You are brief." -o temperature=0.7
+    """
+    from phi3_mlflow import terminal
+
+    options = _parse_config(option)
+    if as_json and prompt is None:
+        raise click.UsageError("--json needs -p")
+    with terminal.loaded(model) as loaded:
+        conversation = terminal.Conversation(loaded, system, options)
+        if prompt is None:
+            terminal.talk(conversation)
+        elif as_json:
+            click.echo(json.dumps(conversation.ask_whole(prompt), indent=2, ensure_ascii=False))
+        else:
+            for text in conversation.ask(prompt):
+                click.echo(text, nl=False)
+            click.echo()
+
+
+def _parse_config(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """NAME=VALUE pairs; a value is JSON where it can be, else text; an empty value means not given."""
+    config = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise click.UsageError(f"{pair!r} is not of the form NAME=VALUE")
+        if value:
+            try:
+                config[name] = json.loads(value)
+            except ValueError:
+                config[name] = value
+    return config

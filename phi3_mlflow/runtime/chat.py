@@ -1,0 +1,216 @@
+"""Wire types: a request's fields in, OpenAI's completion objects and chunks out. Knows no model and no MLflow."""
+
+import json
+import re
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .errors import InvalidRequest, shorten
+from .generation import StopReason, finish_reason
+from .options import NAMES, Options
+from .tokens import ROLES
+
+Task = Literal["llm/v1/chat", "llm/v1/completions", "flat"]
+Message = dict[str, str]
+
+_CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+_MESSAGE_FIELDS = ("role", "content")
+_UNSUPPORTED_MESSAGE_FIELDS = ("name", "refusal", "tool_calls", "tool_call_id")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One checked request: chat messages, or a prompt that is taken as it is."""
+
+    prompt: tuple[Message, ...] | str
+    options: Options
+
+
+@dataclass
+class Choice:
+    """One finished answer."""
+
+    text: str
+    reason: StopReason
+    tokens: int  # sampled, the end token and trimmed stop tokens included
+
+
+@dataclass
+class Answer:
+    """All that one request got."""
+
+    prompt_tokens: int
+    choices: list[Choice]
+    dropped: int = 0  # messages that context_overflow "drop_oldest" left out
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))  # Unix time in seconds
+
+
+def parse_chat(body: Mapping[str, Any], defaults: Options, *, stream: bool = False) -> Request:
+    """Checks a chat request.
+
+    Args:
+        body: `messages` and options by their names; None means not given.
+        defaults: the model's own options.
+        stream: whether the caller can be sent a stream.
+
+    Raises:
+        InvalidRequest: names the field, the value and what is allowed.
+    """
+    values = _refuse_unsupported(body, stream=stream)
+    return Request(_check_messages(values.pop("messages", None)), _parse_options(values, defaults))
+
+
+def parse_completion(body: Mapping[str, Any], defaults: Options, *, template: bool, stream: bool = False) -> Request:
+    """Checks a completion request: `prompt`, put into the chat template as a user's message or taken as it is.
+
+    Raises:
+        InvalidRequest: names the field, the value and what is allowed.
+    """
+    values = _refuse_unsupported(body, stream=stream)
+    prompt = _check_text("prompt", values.pop("prompt", None))
+    options = _parse_options(values, defaults)
+    return Request(({"role": "user", "content": prompt},) if template else prompt, options)
+
+
+def parse_flat(body: Mapping[str, Any], defaults: Options, *, template: bool) -> Request:
+    """Checks a flat request: `prompt`, or `messages` as JSON text; `stop` and `response_format` as text or JSON text.
+
+    Raises:
+        InvalidRequest: names the field, the value and what is allowed.
+    """
+    values = {name: value for name, value in body.items() if value is not None}
+    for name in ("messages", "stop", "response_format", "logit_bias"):
+        if isinstance(values.get(name), str) and not (name == "stop" and not values[name].lstrip().startswith("[")):
+            values[name] = _parse_json(name, values[name])
+    if values.get("messages") is None:
+        return parse_completion(values, defaults, template=template)
+    if values.get("prompt") is not None:
+        raise InvalidRequest("prompt", "is given together with `messages`; give one of them")
+    return parse_chat(values, defaults)
+
+
+def completion(answer: Answer, task: Task, model: str) -> dict[str, Any]:
+    """The response object of a whole answer, in the shape of MLflow's output schema for the task."""
+    chat = task == "llm/v1/chat"
+    choices = []
+    for index, choice in enumerate(answer.choices):
+        body = {"message": {"role": "assistant", "content": choice.text}} if chat else {"text": choice.text}
+        choices.append({"index": index, **body, "finish_reason": finish_reason(choice.reason)})
+    return {
+        **_head(answer, "chat.completion" if chat else "text_completion", model),
+        "choices": choices,
+        **_tail(answer),
+    }
+
+
+def chunk(answer: Answer, task: Task, model: str, index: int, text: str, *, first: bool) -> dict[str, Any]:
+    """A piece of a streamed answer.
+
+    Args:
+        answer: what is known of the whole; its id, time and choices are read.
+        task: the shape to give the chunk.
+        model: the model's name.
+        index: which choice it belongs to.
+        text: what is new.
+        first: whether it opens the choice; a chat chunk then carries the role.
+    """
+    chat = task == "llm/v1/chat"
+    delta = {"role": "assistant", "content": text} if first else {"content": text}
+    body: dict[str, Any] = {"delta": delta} if chat else {"text": text}
+    choice = {"index": index, **body, "finish_reason": None}
+    return {**_head(answer, "chat.completion.chunk" if chat else "text_completion", model), "choices": [choice]}
+
+
+def last_chunk(
+    answer: Answer, task: Task, model: str, index: int, reason: StopReason, *, whole: bool
+) -> dict[str, Any]:
+    """The chunk that ends a choice; `whole` says that it ends the answer too and carries the usage."""
+    body: dict[str, Any] = {"delta": {}} if task == "llm/v1/chat" else {"text": ""}
+    choice = {"index": index, **body, "finish_reason": finish_reason(reason)}
+    kind = "chat.completion.chunk" if task == "llm/v1/chat" else "text_completion"
+    return {**_head(answer, kind, model), "choices": [choice], **(_tail(answer) if whole else {})}
+
+
+def _head(answer: Answer, kind: str, model: str) -> dict[str, Any]:
+    prefix = "chatcmpl-" if kind.startswith("chat") else "cmpl-"
+    return {"id": prefix + answer.id, "object": kind, "created": answer.created, "model": model}
+
+
+def _tail(answer: Answer) -> dict[str, Any]:
+    completion_tokens = sum(choice.tokens for choice in answer.choices)
+    custom: dict[str, Any] = {"stop_reason": [choice.reason for choice in answer.choices]}
+    if answer.dropped:
+        custom["dropped_messages"] = answer.dropped
+    return {
+        "usage": {
+            "prompt_tokens": answer.prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": answer.prompt_tokens + completion_tokens,
+        },
+        "custom_outputs": custom,
+    }
+
+
+def _refuse_unsupported(body: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:
+    """The fields that were given, without those that mean nothing here; refuses those that cannot be honoured."""
+    values = {name: value for name, value in body.items() if value is not None}
+    if values.pop("stream", False) and not stream:
+        problem = "is true, and this call returns whole answers; leave it out, or use predict_stream"
+        raise InvalidRequest("stream", problem)
+    if values.pop("tools", None) is not None:
+        raise InvalidRequest("tools", "is given, and Phi-3 was not trained to call tools; leave it out")
+    custom = values.pop("custom_inputs", {})
+    if not isinstance(custom, Mapping):
+        raise InvalidRequest("custom_inputs", f"is {shorten(custom)}; it must be an object")
+    for name, value in custom.items():
+        if name != "logit_bias":
+            raise InvalidRequest(f"custom_inputs.{shorten(name)}", "is not known; custom_inputs may hold `logit_bias`")
+        values[name] = value
+    return values
+
+
+def _parse_options(values: Mapping[str, Any], defaults: Options) -> Options:
+    for name in values:
+        if name not in NAMES:
+            raise InvalidRequest(name, f"is not a field of this request; the options are {', '.join(NAMES)}")
+    return defaults.with_values(values)
+
+
+def _check_messages(messages: Any) -> tuple[Message, ...]:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise InvalidRequest("messages", f"is {shorten(messages)}; it must be a list of at least one message")
+    checked = []
+    for index, message in enumerate(messages):
+        name = f"messages[{index}]"
+        if not isinstance(message, Mapping):
+            raise InvalidRequest(name, f"is {shorten(message)}; it must be an object with `role` and `content`")
+        for key, value in message.items():
+            if key in _UNSUPPORTED_MESSAGE_FIELDS and value is not None:
+                raise InvalidRequest(f"{name}.{key}", "is given, and Phi-3's chat template has no place for it")
+            if key not in _MESSAGE_FIELDS + _UNSUPPORTED_MESSAGE_FIELDS:
+                raise InvalidRequest(f"{name}.{shorten(key)}", "is not known; a message has `role` and `content`")
+        role = message.get("role")
+        if role not in ROLES:
+            raise InvalidRequest(f"{name}.role", f"is {shorten(role)}; it must be one of {', '.join(ROLES)}")
+        checked.append({"role": role, "content": _check_text(f"{name}.content", message.get("content"))})
+    return tuple(checked)
+
+
+def _check_text(name: str, text: Any) -> str:
+    if not isinstance(text, str) or not text:
+        raise InvalidRequest(name, f"is {shorten(text)}; it must be a string of at least one character")
+    if found := _CONTROL_CHARACTERS.search(text):
+        problem = f"has the character U+{ord(found[0]):04X} at position {found.start()}; control characters other than"
+        raise InvalidRequest(name, f"{problem} tab, newline and carriage return, and lone surrogates, are not allowed")
+    return text
+
+
+def _parse_json(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(name, f"is not valid JSON: {error}") from error

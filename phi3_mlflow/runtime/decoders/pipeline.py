@@ -1,0 +1,64 @@
+"""The model of a transformers pipeline, on the device where the pipeline put it."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import transformers
+
+
+class PipelineDecoder:
+    """A causal language model of transformers with one KV cache.
+
+    Args:
+        pipeline: a text-generation pipeline. Its tokenizer and its generate() are not used.
+        context_length: at most this many tokens; None for all that the model has.
+    """
+
+    slots = 1
+    chunk = 256
+
+    def __init__(self, pipeline: "transformers.TextGenerationPipeline", *, context_length: int | None = None):
+        import torch
+        from transformers import DynamicCache
+
+        # Without the config every layer keeps all its keys, so that rewinding works behind a sliding window too;
+        # the model's own mask still hides what lies outside the window.
+        self._new_cache = DynamicCache
+        self._torch = torch
+        self._model = pipeline.model.eval()
+        own = self._model.config.max_position_embeddings
+        self.context_length = min(context_length or own, own)
+        eos = self._model.generation_config.eos_token_id or self._model.config.eos_token_id
+        self.eos = frozenset(eos if isinstance(eos, list) else [eos])
+        self._cache = self._new_cache()
+
+    def prefill(self, slot: int, ids: Sequence[int], *, last: bool) -> np.ndarray | None:
+        """See Decoder."""
+        logits = self._forward(ids)
+        return logits if last else None
+
+    def decode(self, tokens: Mapping[int, int]) -> Mapping[int, np.ndarray]:
+        """See Decoder."""
+        return {0: self._forward([tokens[0]])}
+
+    def rewind(self, slot: int, length: int) -> None:
+        """See Decoder."""
+        surplus = self._cache.get_seq_length() - length
+        if length == 0:
+            self._cache = self._new_cache()
+        elif surplus > 0:
+            self._cache.crop(-surplus)
+
+    def close(self) -> None:
+        """See Decoder."""
+        del self._model, self._cache
+
+    def _forward(self, ids: Sequence[int]) -> np.ndarray:
+        torch = self._torch
+        with torch.inference_mode():
+            tokens = torch.tensor([list(ids)], device=self._model.device)
+            output = self._model(tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        return output.logits[0, -1].float().cpu().numpy()

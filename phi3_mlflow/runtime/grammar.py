@@ -1,0 +1,268 @@
+"""Structured output: a request's response_format, and the tokens that it allows at each step of an answer.
+
+Knows token ids and masks, through llguidance; knows no sampling and no text of the answer.
+"""
+
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from .errors import InvalidRequest, shorten
+from .schemas import enforceable
+
+if TYPE_CHECKING:  # a name of llguidance's stub file, absent from the module
+    from llguidance._lib import JsonCompileOptions
+
+FIELD = "response_format"
+KEYS = {"text": set(), "json_object": set(), "json_schema": {"json_schema"}, "regex": {"regex"}}
+SCHEMA_KEYS = {"name", "description", "schema", "strict"}
+MAX_REGEX = 4_096
+CACHED = 32
+
+# Between two JSON tokens: nothing, one space, or one line break with some indentation; never an endless run.
+WHITESPACE = r"\x20|\n\x20{0,16}"
+OPTIONS: "JsonCompileOptions" = {
+    "whitespace_pattern": WHITESPACE,
+    "whitespace_flexible": True,
+    "item_separator": ",",
+    "key_separator": ":",
+    # Without \\u: llguidance 1.9.1 lets a free name spelled with \\u0061 pass for another than "a".
+    "json_allowed_escapes": 'nrbtf\\"',
+    "coerce_one_of": False,
+    "lenient": False,
+}
+
+
+class Grammars:
+    """The grammars that one loaded model can be held to. Compiled ones are kept; safe to call from several threads.
+
+    Args:
+        tokenizer_json: the text of the model's tokenizer.json.
+        vocab_size: the number of logits that the model gives, which may be larger than the tokenizer's vocabulary.
+        eos_ids: the ids that end an answer; ids beyond `vocab_size` cannot be sampled and are left out.
+
+    Raises:
+        ValueError: the tokenizer cannot be read, or no end token is within the vocabulary.
+    """
+
+    def __init__(self, tokenizer_json: str, vocab_size: int, eos_ids: Collection[int]):
+        self._eos = sorted({int(token) for token in eos_ids if 0 <= token < vocab_size})
+        if not self._eos:
+            raise ValueError(f"no end token of {sorted(eos_ids)} is within the vocabulary of {vocab_size}")
+        text, pieces = _without_control_tokens(tokenizer_json, vocab_size)
+        self._tokenizer = LLTokenizer(text, eos_token=self._eos)
+        self._text = np.zeros(vocab_size, dtype=bool)
+        self._text[[token for token in pieces if token < vocab_size and token not in self._eos]] = True
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def compile(self, response_format: Mapping[str, Any]) -> "Grammar | None":
+        """The grammar of an answer, in its first state.
+
+        Args:
+            response_format: OpenAI's `{"type": "text"}`, `{"type": "json_object"}` or `{"type": "json_schema",
+                "json_schema": {"name", "schema", "description", "strict"}}`, or ours, `{"type": "regex", "regex": ...}`
+                (Rust's syntax; the whole answer matches). Keys whose value is None count as absent. A schema is
+                enforced whatever `strict` says.
+
+        Returns:
+            A new Grammar, or None for text, which nothing restricts.
+
+        Raises:
+            InvalidRequest: a wrong shape, or a schema or regex that cannot be enforced; it names the feature.
+        """
+        if not isinstance(response_format, Mapping):
+            raise InvalidRequest(FIELD, f"must be an object with a `type`; it is {shorten(response_format)}")
+        given = {key: value for key, value in response_format.items() if value is not None}
+        kind = given.pop("type", None)
+        if not isinstance(kind, str) or kind not in KEYS:
+            raise InvalidRequest(f"{FIELD}.type", f"is {shorten(kind)}; it must be one of {', '.join(KEYS)}")
+        _only(given, KEYS[kind], FIELD)
+        if kind == "text":
+            return None
+        if kind == "regex":
+            matcher = self._regex(given["regex"])
+        else:
+            matcher = self._schema(given["json_schema"] if kind == "json_schema" else None)
+        return Grammar(matcher, self._text, self._eos)
+
+    def _regex(self, regex: Any) -> LLMatcher:
+        field = f"{FIELD}.regex"
+        if not isinstance(regex, str) or not 0 < len(regex) <= MAX_REGEX:
+            raise InvalidRequest(field, f"must be a text of 1 to {MAX_REGEX} characters; it is {shorten(regex)}")
+        _encodable(regex, field)
+        return self._matcher(LLMatcher.grammar_from_regex(regex), field)
+
+    def _schema(self, wrapper: Any) -> LLMatcher:
+        if wrapper is None:
+            return self._matcher(_json_grammar({"type": "object"}), FIELD)
+        outer = f"{FIELD}.json_schema"
+        if not isinstance(wrapper, Mapping):
+            raise InvalidRequest(outer, f"must be an object with `name` and `schema`; it is {shorten(wrapper)}")
+        given = {key: value for key, value in wrapper.items() if value is not None}
+        _only(given, {"name", "schema"}, outer, SCHEMA_KEYS)
+        name, strict, description = given["name"], given.get("strict", True), given.get("description", "")
+        if not isinstance(name, str) or not re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", name):
+            raise InvalidRequest(f"{outer}.name", f"must be 1 to 64 of a-z, A-Z, 0-9, _ and -; it is {shorten(name)}")
+        if not isinstance(strict, bool):
+            raise InvalidRequest(f"{outer}.strict", f"must be true or false; it is {shorten(strict)}")
+        if not isinstance(description, str):
+            raise InvalidRequest(f"{outer}.description", f"must be a text; it is {shorten(description)}")
+        field = f"{outer}.schema"
+        schema, patterns = enforceable(_plain(given["schema"], field), field)
+        try:
+            return self._matcher(_json_grammar(schema), field)
+        except InvalidRequest:
+            # Where one pattern is at fault, the error should point at it and not at the whole schema.
+            for pointer, pattern in patterns.items():
+                self._matcher(_json_grammar({"type": "string", "pattern": pattern}), f"{field}{pointer}")
+            raise
+
+    def _matcher(self, grammar: str, field: str) -> LLMatcher:
+        """A copy of the grammar's matcher in its first state, compiled at most once while it stays in the cache."""
+        with self._lock:
+            if grammar in self._compiled:
+                self._compiled.move_to_end(grammar)
+                return self._compiled[grammar].deep_copy()
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
+        # The first mask builds most of the lexer, and finds grammars that are too complex to be used.
+        matcher.compute_bitmask()
+        if matcher.is_error():
+            raise InvalidRequest(field, f"cannot be enforced: {_reason(matcher)}")
+        with self._lock:
+            self._compiled[grammar] = matcher
+            while len(self._compiled) > CACHED:
+                self._compiled.popitem(last=False)
+            return matcher.deep_copy()
+
+
+class Grammar:
+    """Where one answer stands in its grammar: which tokens may come next. Not shared between threads; copy it.
+
+    Made by `Grammars.compile`. Nothing bounds a string, a list or a number that the schema leaves open, so an answer
+    may still run into its token limit; one that ends by itself is complete.
+    """
+
+    def __init__(self, matcher: LLMatcher, text: np.ndarray, eos: list[int]):
+        self._matcher = matcher
+        self._text = text
+        self._eos = eos
+        self._next: np.ndarray | None = None
+
+    def mask(self, logits: np.ndarray) -> np.ndarray:
+        """The logits with -inf for every token that the grammar does not allow next.
+
+        Args:
+            logits: (vocab_size,) float32; left as they are.
+
+        Returns:
+            A new (vocab_size,) float32 array. End tokens are allowed where the answer may end, all of them.
+
+        Raises:
+            InvalidRequest: the grammar grew beyond llguidance's limits, or the tokenizer cannot spell what must follow.
+        """
+        allowed = self._allowed()
+        if not allowed.any():
+            raise InvalidRequest(FIELD, "asks for text that this model's tokenizer cannot spell")
+        return np.where(allowed, logits, np.float32(-np.inf))
+
+    def accept(self, token: int) -> None:
+        """Take the token that was sampled.
+
+        Raises:
+            ValueError: the token is not allowed here.
+        """
+        if not 0 <= token < len(self._text) or not self._allowed()[token]:
+            raise ValueError(f"token {token} is not allowed by the grammar here")
+        self._matcher.consume_token(token)
+        self._next = None
+
+    def copy(self) -> "Grammar":
+        """An independent grammar in the same state, for another choice of the same request."""
+        return Grammar(self._matcher.deep_copy(), self._text, self._eos)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing can follow but the end."""
+        if self._matcher.is_stopped():
+            return True
+        return self._matcher.is_accepting() and not (self._allowed() & self._text).any()
+
+    def _allowed(self) -> np.ndarray:
+        """(vocab_size,) bool: the tokens that may come next, kept until one is accepted."""
+        if self._next is None:
+            bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+            if self._matcher.is_error():
+                raise InvalidRequest(FIELD, f"could not be followed any further: {_reason(self._matcher)}")
+            self._next = np.unpackbits(bits, count=len(self._text), bitorder="little").view(bool) & self._text
+            self._next[self._eos] = self._matcher.is_accepting()
+        return self._next
+
+
+def _without_control_tokens(tokenizer_json: str, vocab_size: int) -> tuple[str, list[int]]:
+    """The tokenizer with unspellable names for its added tokens, and the ids of the pieces that spell text.
+
+    llguidance spells text that must follow with the tokenizer's own encoder, which would turn the text of a control
+    token, in a schema's constant say, into that token. It takes no logits beyond the vocabulary, so that is filled up.
+    """
+    tokenizer = json.loads(tokenizer_json)
+    model = tokenizer["model"]
+    added = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    pieces = {piece: token for piece, token in model["vocab"].items() if piece not in added}
+    used = set(pieces.values())
+    size = max(vocab_size, 1 + max([*used, *added.values()]))
+    model["vocab"] = pieces | {_unspellable(token): token for token in range(size) if token not in used}
+    if model.get("unk_token") in added:
+        model["unk_token"] = _unspellable(added[model["unk_token"]])
+    tokenizer |= {"added_tokens": [], "post_processor": None}
+    return json.dumps(tokenizer), sorted(used)
+
+
+def _unspellable(token: int) -> str:
+    """A name for a token that no text is encoded to: U+FFFE is no character, and no merge makes the name one piece."""
+    return f"\ufffe{token}"
+
+
+def _json_grammar(schema: dict[str, Any]) -> str:
+    return LLMatcher.grammar_from_json_schema(schema, overrides=OPTIONS)
+
+
+def _only(given: Mapping[str, Any], needed: set[str], field: str, known: set[str] | None = None) -> None:
+    for key in given:
+        if key not in (known or needed):
+            allowed = ", ".join(sorted(known or needed)) or "none"
+            raise InvalidRequest(f"{field}.{key}", f"is not known here; the keys beside `type` are: {allowed}")
+    for key in sorted(needed):
+        if key not in given:
+            raise InvalidRequest(f"{field}.{key}", "is missing")
+
+
+def _encodable(text: str, field: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest(field, "has a surrogate that stands alone, which no answer can contain") from None
+
+
+def _plain(value: Any, field: str) -> Any:
+    """The value as plain dicts, lists, strings and numbers, in the order given (the order decides the grammar)."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(field, f"is not JSON: {error}") from None
+    _encodable(text, field)
+    return json.loads(text)
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """llguidance's error in one line, without its hints to programmers."""
+    text = " ".join(matcher.get_error().replace("<non-verbose/>", "").split())
+    if text.startswith("NoExtension"):
+        return "nothing matches it"
+    return text.split(" Enable 'coerce_one_of'")[0].split(" 1 | start:")[0][:300]

@@ -1,0 +1,289 @@
+"""The MLflow side of a logged model, the same for both builders: loading, predict and predict_stream.
+
+DataFrames and params in, what the task's output schema says out. Errors become clean answers of the scoring server.
+"""
+
+import json
+import logging
+import os
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from mlflow.environment_variables import MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
+
+from . import FORMAT, manifest
+from .chat import Request, Task, chunk, completion, last_chunk, parse_chat, parse_completion, parse_flat
+from .engine import Engine, Run
+from .errors import FormatError, InvalidRequest
+from .options import NAMES, Options, Range
+from .signatures import RESPONSE_FORMAT_OMITTED
+from .tokens import Tokens
+
+_logger = logging.getLogger(__name__)
+
+# Set by mlflow.pyfunc.scoring_server when it serves a model.
+_SERVING_FLAG = "_MLFLOW_IS_IN_SERVING_ENVIRONMENT"
+
+
+class RequestRefused(MlflowException):
+    """A request that cannot be answered, as a 400 without the request's body and without a traceback in it."""
+
+    def __init__(self, error: InvalidRequest, where: str = ""):
+        self._text = f"{where}{error}"
+        self._field = error.field
+        super().__init__(self._text, error_code=INVALID_PARAMETER_VALUE)
+
+    def serialize_as_json(self) -> str:
+        """What the scoring server sends; it puts the body before `message`, so that is not used here."""
+        return json.dumps({"error_code": self.error_code, "message": self._text, "field": self._field})
+
+
+class AnswerFailed(MlflowException):
+    """The model failed on a good request: a 500 that says so; the cause is in the server's log alone."""
+
+    def __init__(self) -> None:
+        self._text = "the model failed while it answered; the server's log says why"
+        super().__init__(self._text, error_code=INTERNAL_ERROR)
+
+    def serialize_as_json(self) -> str:
+        """What the scoring server sends."""
+        return json.dumps({"error_code": self.error_code, "message": self._text})
+
+
+class Predictor:
+    """`predict` and `predict_stream` of a loaded model, safe to call from several threads.
+
+    Args:
+        engine: the loaded model; closed when the predictor is no longer used.
+        config: the model_config: defaults of options, and what `settings` lists.
+    """
+
+    def __init__(self, engine: Engine, config: Mapping[str, Any]):
+        self._engine = engine
+        self._task: Task = config.get("task", "llm/v1/chat")
+        self._name: str = config.get("name", "phi3")
+        self._template: bool = config.get("template", True)
+        self._defaults = default_options(config)
+        weakref.finalize(self, engine.close)
+
+    def predict(self, data: pd.DataFrame, params: Mapping[str, Any] | None = None) -> list[Any]:
+        """One answer for each row.
+
+        Args:
+            data: the rows, after MLflow's schema enforcement.
+            params: options that hold for every row.
+
+        Returns:
+            A list of completion objects, or of strings for the flat task, in the order of the rows.
+
+        Raises:
+            RequestRefused: a row is not a good request; nothing was started then.
+            AnswerFailed: the model failed.
+        """
+        deadline = _server_deadline()
+        rows = [_clean_row(row) for row in data.to_dict(orient="records")]
+        runs = []
+        for index, row in enumerate(rows):
+            try:
+                runs.append(self._engine.prepare(self._parse(row, params), deadline))
+            except InvalidRequest as error:
+                raise RequestRefused(error, f"row {index}: " if len(rows) > 1 else "") from None
+        try:
+            for run in runs:
+                self._engine.start(run)
+            return [self._response(run) for run in runs]
+        except Exception as error:
+            _logger.exception("predict failed")
+            raise AnswerFailed from error
+        finally:
+            for run in runs:
+                run.cancel()
+
+    def predict_stream(self, data: Any, params: Mapping[str, Any] | None = None) -> Iterator[Any]:
+        """One answer in pieces, as they come. Closing the iterator ends the work.
+
+        Args:
+            data: one request, as a dict or a DataFrame of one row.
+            params: options.
+
+        Yields:
+            chat.completion.chunk dicts (text_completion for completions, strings for the flat task). The last one
+            carries `usage` and `custom_outputs`.
+
+        Raises:
+            RequestRefused: the request is not a good one.
+            AnswerFailed: the model failed.
+        """
+        row = _single_row(data)
+        try:
+            run = self._engine.prepare(self._parse(row, params, stream=True))
+        except InvalidRequest as error:
+            raise RequestRefused(error) from None
+        return self._stream(run)
+
+    def close(self) -> None:
+        """Frees the weights. No call follows."""
+        self._engine.close()
+
+    def _parse(self, row: dict[str, Any], params: Mapping[str, Any] | None, *, stream: bool = False) -> Request:
+        body = {**row, **{name: _plain(value) for name, value in (params or {}).items() if value is not None}}
+        if body.get("response_format") == RESPONSE_FORMAT_OMITTED:
+            del body["response_format"]
+        if self._task == "llm/v1/chat":
+            return parse_chat(body, self._defaults, stream=stream)
+        if self._task == "llm/v1/completions":
+            return parse_completion(body, self._defaults, template=self._template, stream=stream)
+        return parse_flat(body, self._defaults, template=self._template)
+
+    def _response(self, run: Run) -> Any:
+        answer = run.wait()
+        return answer.choices[0].text if self._task == "flat" else completion(answer, self._task, self._name)
+
+    def _stream(self, run: Run) -> Iterator[Any]:
+        opened: set[int] = set()
+        ended = 0
+        try:
+            for index, text, reason in self._engine.start(run):
+                if self._task == "flat":
+                    if text:
+                        yield text
+                    continue
+                if text or index not in opened:
+                    yield chunk(run.answer, self._task, self._name, index, text, first=index not in opened)
+                    opened.add(index)
+                if reason is not None:
+                    ended += 1
+                    whole = ended == len(run.answer.choices)
+                    yield last_chunk(run.answer, self._task, self._name, index, reason, whole=whole)
+        except MlflowException:
+            raise
+        except Exception as error:
+            _logger.exception("predict_stream failed")
+            raise AnswerFailed from error
+        finally:
+            run.cancel()
+
+
+def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Predictor:
+    """MLflow's hook for the transformers builder: the model's folder in, what answers `predict` out."""
+    return load_pipeline(Path(path), model_config or {})
+
+
+def load_onnx(folder: Path, config: Mapping[str, Any]) -> Predictor:
+    """Checks and loads an onnxruntime-genai folder.
+
+    Raises:
+        FormatError, WeightsError: this runtime cannot read the model, or a file is missing or damaged.
+    """
+    from .decoders.genai import GenaiDecoder
+
+    settings = _check_settings(config)
+    manifest.verify(folder)
+    decoder = GenaiDecoder(folder, context_length=settings.get("context_length"), threads=settings.get("threads"))
+    return Predictor(Engine(Tokens.from_folder(folder), decoder), config)
+
+
+def load_pipeline(folder: Path, config: Mapping[str, Any]) -> Predictor:
+    """Checks and loads a model folder of MLflow's transformers flavor.
+
+    Raises:
+        FormatError, WeightsError: this runtime cannot read the model, or a file is missing or damaged.
+    """
+    settings = _check_settings(config)
+    manifest.verify(folder)
+    import mlflow.transformers
+    import torch
+
+    from .decoders.pipeline import PipelineDecoder
+
+    if threads := settings.get("threads"):
+        torch.set_num_threads(threads)
+    pipeline = mlflow.transformers.load_model(str(folder))
+    decoder = PipelineDecoder(pipeline, context_length=settings.get("context_length"))
+    return Predictor(Engine(Tokens.from_folder(folder / "components" / "tokenizer"), decoder), config)
+
+
+SETTINGS = {
+    "context_length": Range("integer", 16),
+    "threads": Range("integer", 1, 1024),
+}
+
+
+def default_options(config: Mapping[str, Any]) -> Options:
+    """The options that a model_config sets.
+
+    Raises:
+        InvalidRequest: an option's value is not allowed.
+    """
+    return Options().with_values({name: config[name] for name in NAMES if name in config})
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Checks a model_config that a user wrote: options and SETTINGS.
+
+    Raises:
+        InvalidRequest: an unknown name, or a value that is not allowed.
+    """
+    for name, value in config.items():
+        if name in SETTINGS:
+            SETTINGS[name].check(name, value)
+        elif name not in NAMES:
+            known = ", ".join([*SETTINGS, *NAMES])
+            raise InvalidRequest(name, f"is not a setting of the model; the settings are {known}")
+    default_options(config)
+
+
+def _check_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    if config.get("format") != FORMAT:
+        raise FormatError(
+            f"the model has format {config.get('format')}, and this process runs a runtime that reads format "
+            f"{FORMAT}; load it in a process of its own, or with the version of phi3_mlflow that logged it"
+        )
+    return {name: spec.check(name, config[name]) for name, spec in SETTINGS.items() if config.get(name) is not None}
+
+
+def _server_deadline() -> float | None:
+    """When the scoring server would give up: a tenth of its timeout (at most 2 s) earlier the answer must end."""
+    if os.environ.get(_SERVING_FLAG) != "true":
+        return None
+    timeout = float(MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.get())
+    return time.monotonic() + timeout - min(2.0, timeout / 10)
+
+
+def _single_row(data: Any) -> dict[str, Any]:
+    if isinstance(data, pd.DataFrame):
+        if len(data) != 1:
+            raise RequestRefused(InvalidRequest("data", f"has {len(data)} rows; predict_stream answers one request"))
+        data = data.to_dict(orient="records")[0]
+    if not isinstance(data, Mapping):
+        raise RequestRefused(InvalidRequest("data", f"is a {type(data).__name__}; predict_stream takes one request"))
+    return _clean_row(data)
+
+
+def _clean_row(row: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str(name): _plain(value) for name, value in row.items() if not _is_missing(value)}
+
+
+def _is_missing(value: Any) -> bool:
+    """Pandas fills the columns that a row lacks with NaN, NaT or NA."""
+    return value is None or (pd.api.types.is_scalar(value) and bool(pd.isna(value)))
+
+
+def _plain(value: Any) -> Any:
+    """Numpy's containers and numbers as Python's own."""
+    if isinstance(value, np.ndarray):
+        return [_plain(item) for item in value.tolist()]
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,115 @@
+"""A conversation with a logged model in the terminal."""
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import click
+import mlflow.pyfunc
+from mlflow.pyfunc import PyFuncModel
+
+_HELP = "/system TEXT sets a system message, /reset forgets the conversation, Ctrl-C stops an answer, Ctrl-D ends."
+
+
+@contextmanager
+def loaded(model_uri: str | None) -> Iterator[PyFuncModel]:
+    """A logged model, or the embedded ONNX one where there is no URI."""
+    with tempfile.TemporaryDirectory() as temporary:
+        if model_uri is None:
+            from phi3_mlflow.builders import genai
+
+            model_uri = str(Path(temporary) / "model")
+            genai.save_model(model_uri)
+        yield mlflow.pyfunc.load_model(model_uri, suppress_warnings=True)
+
+
+class Conversation:
+    """The messages so far, and the model that answers them.
+
+    Args:
+        model: a chat model that was loaded with mlflow.pyfunc.
+        system: a system message, or None.
+        options: of every request, by their names.
+    """
+
+    def __init__(self, model: PyFuncModel, system: str | None = None, options: Mapping[str, Any] | None = None):
+        self._model = model
+        self._options = dict(options or {})
+        self.system = system
+        self.turns: list[dict[str, str]] = []
+
+    def ask(self, prompt: str) -> Iterator[str]:
+        """The answer in pieces. An answer that is broken off is forgotten with its question."""
+        asked = [*self.turns, {"role": "user", "content": prompt}]
+        body, params = self._split(asked)
+        answer = ""
+        chunks: Iterator[Any] = self._model.predict_stream(body, params=params)
+        for chunk in chunks:
+            text = chunk["choices"][0]["delta"].get("content", "")
+            answer += text
+            yield text
+        self.turns = [*asked, {"role": "assistant", "content": answer}] if answer else self.turns
+
+    def ask_whole(self, prompt: str) -> dict[str, Any]:
+        """The whole completion object."""
+        body, params = self._split([*self.turns, {"role": "user", "content": prompt}])
+        completions: Any = self._model.predict(body, params=params)
+        return completions[0]
+
+    def _split(self, turns: list[dict[str, str]]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """In Python MLflow takes what its chat schema lacks as params."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        columns = set(self._model.metadata.get_input_schema().input_names())
+        fields = {name: value for name, value in self._options.items() if name in columns}
+        params = {name: value for name, value in self._options.items() if name not in columns}
+        return {"messages": [*system, *turns], **fields}, params
+
+
+def talk(conversation: Conversation) -> None:
+    """Reads questions from the terminal until the input ends."""
+    ask = _line_reader()
+    click.echo(_HELP, err=True)
+    while True:
+        try:
+            line = ask("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            click.echo()
+            return
+        command, _, rest = line.partition(" ")
+        if command == "/system":
+            conversation.system = rest.strip() or None
+        elif command == "/reset":
+            conversation.turns = []
+        elif line.startswith("/"):
+            click.echo(_HELP, err=True)
+        elif line:
+            _answer(conversation, line)
+
+
+def _line_reader() -> Callable[[str], str]:
+    """With the extra `ui`, a reader with editing and history; else plain input()."""
+    if sys.stdin.isatty():
+        with suppress(ImportError):
+            from prompt_toolkit import PromptSession
+
+            session: PromptSession[str] = PromptSession()
+            return session.prompt
+    return input
+
+
+def _answer(conversation: Conversation, line: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    answer = conversation.ask(line)
+    try:
+        for text in answer:
+            click.echo(text, nl=False)
+        click.echo()
+    except KeyboardInterrupt:
+        answer.close()  # type: ignore[attr-defined]
+        click.echo("  [stopped]")
+    except MlflowException as error:
+        click.echo(f"Error: {error.message}", err=True)

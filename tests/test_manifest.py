@@ -1,0 +1,239 @@
+"""The manifest of weight files. Run: pytest tests/test_manifest.py."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from phi3_mlflow.runtime import manifest
+from phi3_mlflow.runtime.errors import WeightsError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "model.onnx").write_bytes(b"graph")
+    (tmp_path / "sub" / "model.onnx.data").write_bytes(bytes(range(256)) * 4096)
+    (tmp_path / "empty.txt").touch()
+    return tmp_path
+
+
+def content(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def rewrite(folder: Path, text: object) -> None:
+    (folder / "manifest.json").write_text(text if isinstance(text, str) else json.dumps(text))
+
+
+def test_the_manifest_lists_every_file_with_its_size_and_hash(folder):
+    assert manifest.write(folder) == folder / "manifest.json"
+    listed = content(folder)
+    assert listed["algorithm"] == "sha256"
+    assert list(listed["files"]) == ["empty.txt", "model.onnx", "sub/model.onnx.data"]
+    assert listed["files"]["model.onnx"] == {"size": 5, "sha256": hashlib.sha256(b"graph").hexdigest()}
+    manifest.verify(folder)
+
+
+def test_writing_again_gives_the_same_bytes_and_does_not_list_the_manifest(folder):
+    first = manifest.write(folder).read_bytes()
+    assert manifest.write(folder).read_bytes() == first
+
+
+def test_only_the_named_subfolders_are_listed_and_checked(folder):
+    (folder / "code").mkdir()
+    (folder / "code" / "model.py").write_text("1")
+    manifest.write(folder, ("sub",))
+    assert list(content(folder)["files"]) == ["sub/model.onnx.data"]
+    (folder / "code" / "model.py").write_text("2")
+    manifest.verify(folder)
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_writing_into_a_folder_of_links_leaves_the_manifest_they_point_to_alone(folder, tmp_path_factory, link):
+    original = manifest.write(folder).read_bytes()
+    copy = tmp_path_factory.mktemp("copy")
+    link(folder / "manifest.json", copy / "manifest.json")
+    link(folder / "model.onnx", copy / "model.onnx")
+    manifest.write(copy)
+    assert list(content(copy)["files"]) == ["model.onnx"]
+    assert (folder / "manifest.json").read_bytes() == original
+
+
+def test_a_file_named_manifest_in_a_subfolder_is_listed(folder):
+    (folder / "sub" / "manifest.json").write_text("{}")
+    manifest.write(folder)
+    assert "sub/manifest.json" in content(folder)["files"]
+
+
+def test_links_to_files_and_folders_are_followed_and_a_loop_ends(folder, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("blobs")
+    (outside / "tokenizer.json").write_text("{}")
+    (folder / "linked.json").symlink_to(outside / "tokenizer.json")
+    (folder / "linked").symlink_to(outside)
+    (folder / "sub" / "loop").symlink_to(folder)
+    (folder / "broken").symlink_to(folder / "nowhere")
+    manifest.write(folder)
+    assert set(content(folder)["files"]) == {
+        "empty.txt",
+        "linked.json",
+        "linked/tokenizer.json",
+        "model.onnx",
+        "sub/model.onnx.data",
+    }
+    manifest.verify(folder)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "sub/model.onnx.data"])
+def test_one_changed_byte_is_refused_with_the_name_of_the_file(folder, name):
+    manifest.write(folder)
+    changed = bytearray((folder / name).read_bytes())
+    changed[len(changed) // 2] ^= 1
+    (folder / name).write_bytes(changed)
+    with pytest.raises(WeightsError, match=rf"{name} is damaged or was changed"):
+        manifest.verify(folder)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
+@given(position=st.integers(0, 2**20 - 1), flip=st.integers(1, 255))
+def test_a_change_of_any_byte_is_noticed(folder, position, flip):
+    path = folder / "sub" / "model.onnx.data"
+    original = path.read_bytes()
+    manifest.write(folder)
+    try:
+        with path.open("r+b") as file:
+            file.seek(position)
+            file.write(bytes([original[position] ^ flip]))
+        with pytest.raises(WeightsError, match=r"model\.onnx\.data"):
+            manifest.verify(folder)
+    finally:
+        path.write_bytes(original)
+
+
+def test_a_shorter_file_is_refused_with_both_sizes(folder):
+    manifest.write(folder)
+    (folder / "model.onnx").write_bytes(b"gra")
+    with pytest.raises(WeightsError, match=r"model\.onnx has 3 bytes where manifest\.json lists 5"):
+        manifest.verify(folder)
+
+
+def test_sizes_are_checked_before_any_file_is_hashed(folder):
+    manifest.write(folder)
+    (folder / "model.onnx").write_bytes(b"GRAPH")
+    (folder / "sub" / "model.onnx.data").write_bytes(b"short")
+    with pytest.raises(WeightsError, match=r"model\.onnx\.data has 5 bytes"):
+        manifest.verify(folder)
+
+
+def test_a_missing_file_is_named(folder):
+    manifest.write(folder)
+    (folder / "sub" / "model.onnx.data").unlink()
+    with pytest.raises(WeightsError, match=r"sub/model\.onnx\.data is listed in manifest\.json .* it is not there"):
+        manifest.verify(folder)
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(folder):
+    manifest.write(folder)
+    (folder / "empty.txt").unlink()
+    (folder / "empty.txt").mkdir()
+    listed = content(folder)
+    listed["files"]["empty.txt"]["size"] = (folder / "empty.txt").stat().st_size
+    rewrite(folder, listed)
+    with pytest.raises(WeightsError, match=r"empty\.txt cannot be read: Is a directory"):
+        manifest.verify(folder)
+
+
+def test_a_missing_manifest_is_named(folder):
+    with pytest.raises(WeightsError, match=r"manifest\.json cannot be read: it is not there"):
+        manifest.verify(folder)
+
+
+def test_a_manifest_that_cannot_be_opened_is_named(folder):
+    (folder / "manifest.json").mkdir()
+    with pytest.raises(WeightsError, match=r"manifest\.json cannot be read: Is a directory"):
+        manifest.verify(folder)
+    with pytest.raises(WeightsError, match=r"manifest\.json cannot be written: Is a directory"):
+        manifest.write(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "is not JSON"),
+        ("\x00", "is not JSON"),
+        ("[]", "is not a manifest"),
+        ({"files": {}}, "is not a manifest"),
+        ({"algorithm": "md5", "files": {}}, "is not a manifest"),
+        ({"algorithm": "sha256"}, "lists no files"),
+        ({"algorithm": "sha256", "files": []}, "lists no files"),
+        ({"algorithm": "sha256", "files": {}}, "lists no files"),
+    ],
+)
+def test_a_manifest_that_makes_no_sense_is_refused(folder, text, reason):
+    rewrite(folder, text)
+    for check in (manifest.verify, manifest.digest):
+        with pytest.raises(WeightsError, match=rf"manifest\.json {reason}"):
+            check(folder)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None,
+        "0" * 64,
+        {},
+        {"size": 5},
+        {"size": "5", "sha256": "0" * 64},
+        {"size": True, "sha256": "0" * 64},
+        {"size": -1, "sha256": "0" * 64},
+        {"size": 5, "sha256": "0" * 63},
+        {"size": 5, "sha256": "G" * 64},
+        {"size": 5, "sha256": 0},
+        {"size": 5, "sha256": "0" * 64, "mode": 7},
+    ],
+)
+def test_a_malformed_entry_is_refused(folder, entry):
+    rewrite(folder, {"algorithm": "sha256", "files": {"model.onnx": entry}})
+    with pytest.raises(WeightsError, match=r"lists 'model\.onnx' with .* instead of its size and sha256"):
+        manifest.verify(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "/etc/passwd", "../secret", "sub/../../secret", "..\\secret", "C:\\secret", "C:secret", "\\\\host\\x"]
+)
+def test_a_path_that_leaves_the_folder_is_refused(folder, name):
+    rewrite(folder, {"algorithm": "sha256", "files": {name: {"size": 0, "sha256": "0" * 64}}})
+    with pytest.raises(WeightsError, match="not a path inside the folder"):
+        manifest.verify(folder)
+
+
+def test_an_empty_or_missing_folder_has_nothing_to_list(tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(WeightsError, match="holds no files"):
+            manifest.write(folder)
+
+
+def test_the_digest_depends_on_the_content_and_not_on_the_layout(folder):
+    manifest.write(folder)
+    first = manifest.digest(folder)
+    assert len(first) == 64
+    rewrite(folder, json.dumps(dict(reversed(content(folder).items())), indent=8))
+    assert manifest.digest(folder) == first
+    (folder / "model.onnx").write_bytes(b"grape")
+    assert manifest.digest(folder) == first
+    manifest.write(folder)
+    assert manifest.digest(folder) != first
+
+
+def test_a_copy_in_another_place_has_the_same_digest_and_verifies(folder, tmp_path_factory):
+    manifest.write(folder)
+    before = manifest.digest(folder)
+    copy = tmp_path_factory.mktemp("elsewhere") / "copy"
+    folder.rename(copy)
+    os.utime(copy / "model.onnx", (0, 0))
+    manifest.verify(copy)
+    assert manifest.digest(copy) == before
