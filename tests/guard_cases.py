@@ -13,12 +13,7 @@ ORDINARY: list[tuple[str, str]] = [
     ("", "It has three parts:\n\n1. the user\n2. the question\n3. the chat\n"),
     ("", "Users: about 400 million\nQuestions: none\n"),
     ("", "A human being has 46 chromosomes.\n\nHuman beings share most genes with chimpanzees."),
-    (
-        "",
-        "User experience matters.\n\nUser interfaces should be simple.\n\nUser: a word with four letters, said nobody."[
-            :77
-        ],
-    ),
+    ("", "User experience matters.\n\nUser interfaces should be simple."),
     ("", "Question everything.\n\nQuestioning is healthy.\n\nQuestion marks end questions.\n"),
     ("", "Chat rooms were popular.\n\nChatting online still is.\n\nChat programs followed.\n"),
     ("", "Instructions matter.\n\nInstructional design is a field.\n\nInstruction sets differ.\n"),
@@ -219,7 +214,11 @@ ENDED: list[tuple[str, str, str]] = [
     (PARIS + " " + SENTENCE * 30, PARIS + " " + (SENTENCE * 2).rstrip(), "repetition"),
     (PARIS + "\n" + "Paris is big.\n" * 40, PARIS + "\n" + "Paris is big.\nParis is big.", "repetition"),
     (PARAGRAPH * 8, PARAGRAPH * 2, "repetition"),
-    (PARIS + "\n\n" + (PARAGRAPH[:120] + ".\n\n") * 12, PARIS + "\n\n" + ((PARAGRAPH[:120] + ".\n\n") * 2).rstrip(), "repetition"),
+    (
+        PARIS + "\n\n" + (PARAGRAPH[:120] + ".\n\n") * 12,
+        PARIS + "\n\n" + ((PARAGRAPH[:120] + ".\n\n") * 2).rstrip(),
+        "repetition",
+    ),
     (PARIS + "\n" * 300, PARIS, "repetition"),
     (PARIS + " " * 300, PARIS + "   ", "repetition"),
     (PARIS + "\n \t\n\n  " * 60, PARIS, "repetition"),

@@ -1,5 +1,7 @@
 """Run with: python -m pytest tests/test_stops.py"""
 
+from itertools import pairwise
+
 import pytest
 from guard_cases import ENDED, ORDINARY, QUESTION
 from hypothesis import example, given
@@ -21,11 +23,10 @@ def answer(machine, pieces):
 
 def pieces(text, cuts):
     places = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
-    return [text[start:end] for start, end in zip(places, places[1:], strict=False)]
+    return [text[start:end] for start, end in pairwise(places)]
 
 
 def test_the_tables_are_as_large_as_they_claim_to_be():
-    print(f"{len(ORDINARY)} ordinary answers, {len(ENDED)} that must end")
     assert len(set(ORDINARY)) == len(ORDINARY) >= 100
     assert len(set(ENDED)) == len(ENDED) >= 40
 
@@ -161,7 +162,9 @@ def test_self_talk_holds_line_breaks_and_what_may_become_a_marker():
     assert guard.flush() == "\n### Inst"
 
 
-@pytest.mark.parametrize("line", ["Users:", "User a:", "User 2:", "# #", "#######User:", "### Inputs", "User    x", "-User:"])
+@pytest.mark.parametrize(
+    "line", ["Users:", "User a:", "User 2:", "# #", "#######User:", "### Inputs", "User    x", "-User:"]
+)
 def test_lines_that_only_resemble_markers_pass(line):
     assert answer(SelfTalkGuard(), f"Yes.\n\n{line}\n") == (f"Yes.\n\n{line}\n", None)
 

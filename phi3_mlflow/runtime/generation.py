@@ -120,7 +120,9 @@ class Generation:
         text, stopped = self._stops.step(self._text.flush())
         if stopped is not None:
             return Step(None, text, stopped)
-        return Step(None, text + self._stops.flush(), reason)
+        text += self._stops.flush()
+        _, stopped = self._stops.step("")  # a guard may have found a stop in what was held back
+        return Step(None, text, stopped or reason)
 
     def _after(self, text: str, reason: StopReason) -> Step:
         last = self.end(reason)

@@ -32,7 +32,7 @@ OPTIONS: "JsonCompileOptions" = {
     "whitespace_flexible": True,
     "item_separator": ",",
     "key_separator": ":",
-    # Without \\u: llguidance 1.9.1 lets a free name spelled with \\u0061 pass for another than "a".
+    # Without \u: llguidance 1.9.1 lets a free name spelled with \u0061 pass for another than "a".
     "json_allowed_escapes": 'nrbtf\\"',
     "coerce_one_of": False,
     "lenient": False,
@@ -68,7 +68,7 @@ class Grammars:
         Args:
             response_format: OpenAI's `{"type": "text"}`, `{"type": "json_object"}` or `{"type": "json_schema",
                 "json_schema": {"name", "schema", "description", "strict"}}`, or ours, `{"type": "regex", "regex": ...}`
-                (Rust's syntax; the whole answer matches). Keys whose value is None count as absent. A schema is
+                (Rust's syntax; it matches the whole answer). Keys whose value is None count as absent. A schema is
                 enforced whatever `strict` says.
 
         Returns:
@@ -190,6 +190,8 @@ class Grammar:
     @property
     def finished(self) -> bool:
         """Whether nothing can follow but the end."""
+        if self._matcher.is_error():
+            return False  # the next mask says what went wrong
         if self._matcher.is_stopped():
             return True
         return self._matcher.is_accepting() and not (self._allowed() & self._text).any()

@@ -9,6 +9,7 @@ import os
 import time
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,19 +90,19 @@ class Predictor:
         """
         deadline = _server_deadline()
         rows = [_clean_row(row) for row in data.to_dict(orient="records")]
-        runs = []
-        for index, row in enumerate(rows):
-            try:
+        places = [f"row {index}: " if len(rows) > 1 else "" for index in range(len(rows))]
+        runs: list[Run] = []
+        for row, place in zip(rows, places, strict=True):
+            with _clean_errors(place):
                 runs.append(self._engine.prepare(self._parse(row, params), deadline))
-            except InvalidRequest as error:
-                raise RequestRefused(error, f"row {index}: " if len(rows) > 1 else "") from None
         try:
+            answers = []
             for run in runs:
                 self._engine.start(run)
-            return [self._response(run) for run in runs]
-        except Exception as error:
-            _logger.exception("predict failed")
-            raise AnswerFailed from error
+            for run, place in zip(runs, places, strict=True):
+                with _clean_errors(place):
+                    answers.append(self._response(run))
+            return answers
         finally:
             for run in runs:
                 run.cancel()
@@ -121,11 +122,8 @@ class Predictor:
             RequestRefused: the request is not a good one.
             AnswerFailed: the model failed.
         """
-        row = _single_row(data)
-        try:
-            run = self._engine.prepare(self._parse(row, params, stream=True))
-        except InvalidRequest as error:
-            raise RequestRefused(error) from None
+        with _clean_errors():
+            run = self._engine.prepare(self._parse(_single_row(data), params, stream=True))
         return self._stream(run)
 
     def close(self) -> None:
@@ -150,25 +148,35 @@ class Predictor:
         opened: set[int] = set()
         ended = 0
         try:
-            for index, text, reason in self._engine.start(run):
-                if self._task == "flat":
-                    if text:
-                        yield text
-                    continue
-                if text or index not in opened:
-                    yield chunk(run.answer, self._task, self._name, index, text, first=index not in opened)
-                    opened.add(index)
-                if reason is not None:
-                    ended += 1
-                    whole = ended == len(run.answer.choices)
-                    yield last_chunk(run.answer, self._task, self._name, index, reason, whole=whole)
-        except MlflowException:
-            raise
-        except Exception as error:
-            _logger.exception("predict_stream failed")
-            raise AnswerFailed from error
+            with _clean_errors():
+                for index, text, reason in self._engine.start(run):
+                    if self._task == "flat":
+                        if text:
+                            yield text
+                        continue
+                    if text or index not in opened:
+                        yield chunk(run.answer, self._task, self._name, index, text, first=index not in opened)
+                        opened.add(index)
+                    if reason is not None:
+                        ended += 1
+                        whole = ended == len(run.answer.choices)
+                        yield last_chunk(run.answer, self._task, self._name, index, reason, whole=whole)
         finally:
             run.cancel()
+
+
+@contextmanager
+def _clean_errors(place: str = "") -> Iterator[None]:
+    """Turns what goes wrong inside into the errors of this module."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise RequestRefused(error, place) from None
+    except MlflowException:
+        raise
+    except Exception as error:
+        _logger.exception("the model failed on a request")
+        raise AnswerFailed from error
 
 
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Predictor:
@@ -260,10 +268,10 @@ def _server_deadline() -> float | None:
 def _single_row(data: Any) -> dict[str, Any]:
     if isinstance(data, pd.DataFrame):
         if len(data) != 1:
-            raise RequestRefused(InvalidRequest("data", f"has {len(data)} rows; predict_stream answers one request"))
+            raise InvalidRequest("data", f"has {len(data)} rows; predict_stream answers one request")
         data = data.to_dict(orient="records")[0]
     if not isinstance(data, Mapping):
-        raise RequestRefused(InvalidRequest("data", f"is a {type(data).__name__}; predict_stream takes one request"))
+        raise InvalidRequest("data", f"is a {type(data).__name__}; predict_stream takes one request")
     return _clean_row(data)
 
 

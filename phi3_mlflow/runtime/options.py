@@ -4,6 +4,7 @@ Knows nothing of where an option came from: a request body, MLflow's params, a m
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from .errors import InvalidRequest, shorten
 MAX_STOP_SEQUENCES = 16
 MAX_STOP_LENGTH = 256  # characters
 MAX_LOGIT_BIAS = 1024  # tokens
+_TOKEN_ID = re.compile("[0-9]{1,9}")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Range:
 
     def check(self, name: str, value: Any) -> int | float:
         """The value as an int or a float; InvalidRequest where it is no such number."""
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf:
             inside = self.low < value if self.above else self.low <= value
             if inside and value <= self.high and (self.kind == "number" or value == int(value)):
                 return int(value) if self.kind == "integer" else float(value)
@@ -147,7 +149,7 @@ def _check_logit_bias(value: Any) -> dict[int, float]:
         raise InvalidRequest("logit_bias", f"has {len(value)} entries; at most {MAX_LOGIT_BIAS} are allowed")
     biases = {}
     for token, bias in value.items():
-        if not (isinstance(token, int) or (isinstance(token, str) and token.isascii() and token.isdecimal())):
+        if not _TOKEN_ID.fullmatch(str(token)):
             raise InvalidRequest("logit_bias", f"has the key {shorten(token)}; the keys must be token ids")
         biases[int(token)] = Range("number", -100, 100).check(f"logit_bias[{int(token)}]", bias)
     return biases

@@ -73,8 +73,9 @@ class Sampler:
 
     def _draw(self, logits: np.ndarray) -> int:
         options = self._options
-        scaled = logits.astype(np.float64) / options.temperature
-        weights = np.exp(scaled - scaled.max())
+        # The largest is subtracted first: next to the smallest temperatures everything else becomes -inf.
+        with np.errstate(over="ignore"):
+            weights = np.exp((logits.astype(np.float64) - logits.max()) / options.temperature)
         candidates = _most_likely(weights, options.top_k, options.top_p)
         weights = weights[candidates]
         weights = np.where(weights >= options.min_p * weights.max(), weights, 0)

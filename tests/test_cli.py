@@ -1,0 +1,124 @@
+"""The command line: results on stdout, everything else on stderr, exit codes 0, 1 and 2.
+
+Run: pytest tests/test_cli.py
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+from click.testing import CliRunner
+from mlflow.models import Model
+
+from phi3_mlflow.cli import cli
+
+VERBS = [["pull"], ["quantize"], ["log", "transformers"], ["log", "onnx"], ["log", "both"], ["chat"]]
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*arguments: str, **options):
+    return CliRunner().invoke(cli, list(arguments), **options)
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
+def test_every_verb_has_help_with_an_example(verb):
+    result = run(*verb, "--help")
+
+    assert result.exit_code == 0
+    assert "Example" in result.stdout
+    assert f"phi3-mlflow {' '.join(verb)}" in result.stdout
+
+
+def test_the_module_is_the_same_as_the_command():
+    done = subprocess.run([sys.executable, "-m", "phi3_mlflow", "--version"], capture_output=True, text=True)
+
+    assert done.returncode == 0
+    assert done.stdout.startswith("phi3-mlflow, version ")
+
+
+@pytest.mark.parametrize("builder", ["transformers", "onnx"])
+def test_log_prints_the_model_uri_and_nothing_else_on_stdout(builder):
+    result = run("log", builder, "-c", "temperature=0.5", "-c", "max_tokens=", "--name", f"cli-{builder}")
+
+    assert result.exit_code == 0, result.stderr
+    uri = result.stdout.strip()
+    assert uri.startswith("models:/m-")
+    model = Model.load(mlflow.artifacts.download_artifacts(uri))
+    config = model.flavors["python_function"]["config"]
+    assert config["temperature"] == 0.5
+    assert "max_tokens" not in config
+    assert f"mlflow models serve -m {uri}" in result.stderr
+
+
+def test_log_both_registers_each_under_its_own_name():
+    result = run("log", "both", "--register", "cli-pair", "--alias", "new", "--json")
+
+    assert result.exit_code == 0, result.stderr
+    logged = json.loads(result.stdout)
+    assert [model["registered"] for model in logged] == ["models:/cli-pair-transformers/1", "models:/cli-pair-onnx/1"]
+    client = mlflow.MlflowClient()
+    assert client.get_model_version_by_alias("cli-pair-onnx", "new").version in (1, "1")
+
+
+@pytest.mark.parametrize("builder", ["transformers", "onnx"])
+def test_chat_prints_the_answer_of_either_model(saved, builder):
+    result = run("chat", str(saved[builder]), "-p", "What is the capital of Spain?")
+
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == "The capital of Spain is Madrid.\n"
+
+
+def test_chat_without_a_model_uses_the_embedded_one():
+    result = run("chat", "-p", "What is the capital of Spain?", "--json")
+
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_conversation_goes_on_until_the_input_ends(saved):
+    lines = "What is the capital of Spain?\nAnd of France?\n/system You are brief.\n/reset\n/what\nHello\n"
+
+    result = run("chat", str(saved["onnx"]), input=lines)
+
+    assert result.exit_code == 0, result.stderr
+    assert "Madrid" in result.stdout
+    assert "Paris" in result.stdout
+    assert "/reset forgets the conversation" in result.stderr
+
+
+def test_a_bad_option_in_a_conversation_is_one_line_and_the_conversation_goes_on(saved):
+    result = run("chat", str(saved["onnx"]), "-o", "temperature=9", input="Hello\nHello\n")
+
+    assert result.exit_code == 0
+    assert result.stderr.count("Error: `temperature` is 9.0; it must be a number from 0 to 2") == 2
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["log", "onnx", "-c", "temperature=9"], 2, "`temperature` is 9; it must be a number from 0 to 2"),
+        (["log", "onnx", "-c", "temperature"], 2, "'temperature' is not of the form NAME=VALUE"),
+        (["log", "onnx", "-c", "heat=9"], 2, "`heat` is not a setting of the model"),
+        (["log", "onnx", "--task", "chat"], 2, "'chat' is not one of"),
+        (["log", "onnx", "--alias", "x"], 1, "the alias 'x' needs a registered model"),
+        (["log", "onnx", "--weights", "no/such/place/at-all"], 1, "no/such"),
+        (["log", "onnx", "--weights", "./nowhere"], 1, "nowhere"),
+        (["log", "transformers", "--weights", str(ROOT / "artifacts" / "onnx")], 1, "holds an ONNX model"),
+        (["quantize", "./nowhere", "./out"], 1, "nowhere"),
+        (["chat", "models:/nothing@here", "-p", "x"], 1, "nothing"),
+        (["chat", "--json"], 2, "--json needs -p"),
+        (["chat", "-p", ""], 1, "`messages[0].content`"),
+    ],
+    ids=lambda value: " ".join(value[:4]) if isinstance(value, list) else None,
+)
+def test_what_is_wrong_is_said_in_one_line(arguments, code, message):
+    result = run(*arguments)
+
+    assert result.exit_code == code, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert isinstance(result.exception, SystemExit)

@@ -1,0 +1,91 @@
+"""`mlflow run .` with each environment manager that needs no conda.
+
+Run: pytest tests/test_mlproject.py
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def mlflow_run(tmp_path, *arguments: str, manager: str = "local") -> subprocess.CompletedProcess:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_EXPERIMENT")}
+    environment = {
+        **inherited,
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}",
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        # Environments that MLflow makes are kept apart from the user's own.
+        "MLFLOW_ENV_ROOT": str(tmp_path / "envs"),
+    }
+    command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "--env-manager", manager, *arguments]
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+
+
+def logged(tmp_path) -> list[mlflow.entities.LoggedModel]:
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    return list(client.search_logged_models(experiment_ids=["0"]))
+
+
+def test_the_main_entry_point_logs_and_registers_both(tmp_path):
+    done = mlflow_run(tmp_path, "-P", "register=phi3", "-P", "temperature=0.3", "-P", "max_tokens=64")
+
+    assert done.returncode == 0, done.stderr
+    assert sorted(model.name for model in logged(tmp_path)) == ["phi3-onnx", "phi3-transformers"]
+    registry = mlflow.MlflowClient(registry_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    names = sorted(model.name for model in registry.search_registered_models())
+    assert names == ["phi3-onnx", "phi3-transformers"]
+
+
+@pytest.mark.parametrize("entry_point", ["transformers", "onnx"])
+def test_each_builder_has_an_entry_point(tmp_path, entry_point):
+    done = mlflow_run(tmp_path, "-e", entry_point, "-P", "name=mine")
+
+    assert done.returncode == 0, done.stderr
+    assert [model.name for model in logged(tmp_path)] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("parameter", "message"),
+    [
+        ("temperature=hot", "`temperature` is 'hot'; it must be a number from 0 to 2"),
+        ("threads=0", "`threads` is 0; it must be an integer from 1 to 1024"),
+        ("task=chat", "'chat' is not one of"),
+        ("weights=./nowhere at all", "nowhere at all"),
+        ("weights=$(touch trap)", "$(touch trap)"),
+    ],
+)
+def test_a_wrong_parameter_ends_with_one_clear_line(tmp_path, parameter, message):
+    done = mlflow_run(tmp_path, "-e", "onnx", "-P", parameter)
+
+    assert done.returncode != 0
+    assert [line for line in done.stderr.splitlines() if line.startswith("Error: ") and message in line], done.stderr
+    assert not list(tmp_path.rglob("trap"))
+    assert not (ROOT / "trap").exists()
+
+
+@pytest.mark.parametrize("manager", ["virtualenv", "uv"])
+def test_mlflow_makes_the_environment_itself(tmp_path, manager):
+    done = mlflow_run(tmp_path, "-e", "onnx", manager=manager)
+
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert [model.name for model in logged(tmp_path)] == ["phi3-onnx"]
+
+
+def test_the_environment_has_the_tested_versions():
+    pinned = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if "==" in line
+    )
+    environment = yaml.safe_load((ROOT / "conda.yaml").read_text("utf-8"))
+    packages = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+
+    assert packages
+    for package in packages:
+        name, _, version = package.partition("==")
+        assert pinned[name] == version
