@@ -15,6 +15,16 @@ from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error
 class _Group(click.Group):
     """A group whose commands end with one line and exit code 1 where an error is meant for the user."""
 
+    def list_commands(self, context: click.Context) -> list[str]:
+        return sorted([*super().list_commands(context), "azure"])
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name == "azure":
+            from phi3_mlflow.azure.cli import azure
+
+            return azure
+        return super().get_command(context, name)
+
     def invoke(self, context: click.Context) -> Any:
         from mlflow.exceptions import MlflowException
 
@@ -104,8 +114,14 @@ def _log_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--task",
                 type=click.Choice(["llm/v1/chat", "llm/v1/completions", "flat"]),
-                default="llm/v1/chat",
+                help="Default: llm/v1/chat; flat has text columns in and text out.",
+            ),
+            click.option(
+                "--target",
+                type=click.Choice(["mlflow", "azure"]),
+                default="mlflow",
                 show_default=True,
+                help="azure: the flat task and what Azure ML's no-code image needs.",
             ),
             click.option("--raw", is_flag=True, help="Other tasks: take prompts as they are, without chat template."),
             click.option(
@@ -137,6 +153,7 @@ def _log_one(builder: str, **options: Any) -> dict[str, Any]:
         **named,
         revision=options["revision"] or None,
         task=options["task"],
+        target=options["target"],
         template=not options["raw"],
         model_config=config,
         registered_model_name=options["register"] or None,

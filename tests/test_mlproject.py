@@ -56,7 +56,7 @@ def test_each_builder_has_an_entry_point(tmp_path, entry_point):
     [
         ("temperature=hot", "`temperature` is 'hot'; it must be a number from 0 to 2"),
         ("threads=0", "`threads` is 0; it must be an integer from 1 to 1024"),
-        ("task=chat", "'chat' is not one of"),
+        ("target=chat", "'chat' is not one of"),
         ("weights=./nowhere at all", "nowhere at all"),
         ("weights=$(touch trap)", "$(touch trap)"),
     ],

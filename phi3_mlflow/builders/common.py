@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import mlflow
 from mlflow.models import Model
@@ -17,6 +17,8 @@ from mlflow.models.model import ModelInfo
 
 import phi3_mlflow
 from phi3_mlflow import runtime
+from phi3_mlflow.azure import environment
+from phi3_mlflow.azure.check import AZURE_TASK
 from phi3_mlflow.runtime.chat import Task
 from phi3_mlflow.runtime.errors import Phi3Error
 from phi3_mlflow.runtime.model import check_config
@@ -25,6 +27,9 @@ from phi3_mlflow.weights import Weights
 
 # What the runtime imports, whichever decoder it drives.
 _BASE_REQUIREMENTS = ("mlflow", "jinja2", "llguidance", "numpy", "pandas", "tokenizers")
+
+
+Target = Literal["mlflow", "azure"]
 
 
 class BuildError(Phi3Error):
@@ -42,6 +47,21 @@ def requirements(*packages: str) -> list[str]:
         return [f"{name}=={version(name).partition('+')[0]}" for name in (*_BASE_REQUIREMENTS, *packages)]
     except PackageNotFoundError as error:
         raise BuildError(f"the package {error.name} is needed for this model and is not installed") from error
+
+
+def for_target(target: Target, task: Task | None, needed: list[str]) -> tuple[Task, list[str]]:
+    """The task and the requirements of a model that is meant for a certain place.
+
+    Raises:
+        BuildError: an unknown target, or a task that cannot be loaded there.
+    """
+    if target == "mlflow":
+        return task or "llm/v1/chat", needed
+    if target != "azure":
+        raise BuildError(f"the target is {target!r}; it must be mlflow or azure")
+    if task not in (None, AZURE_TASK):
+        raise BuildError(f"Azure ML's no-code image cannot load the task {task}; leave the task out, or take `flat`")
+    return "flat", environment.adapted(needed)
 
 
 def full_config(task: Task, name: str, model_config: Mapping[str, Any] | None, template: bool) -> dict[str, Any]:

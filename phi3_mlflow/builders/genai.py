@@ -26,10 +26,10 @@ def save_model(
     weights: str | Path = "embedded",
     *,
     revision: str | None = None,
-    task: Task = "llm/v1/chat",
+    task: Task | None = None,
     template: bool = True,
     model_config: Mapping[str, Any] | None = None,
-    extra_pip_requirements: list[str] | None = None,
+    target: common.Target = "mlflow",
     mlflow_model: Model | None = None,
     **_: Any,
 ) -> None:
@@ -39,16 +39,18 @@ def save_model(
         path: the folder to write; it must not exist, or be empty.
         weights: `embedded`, a folder of onnxruntime-genai, or a Hugging Face id.
         revision: of the Hugging Face repository; None for the pinned one.
-        task: `llm/v1/chat`, `llm/v1/completions`, or `flat` (text columns in, text out).
+        task: `llm/v1/chat`, `llm/v1/completions`, or `flat` (text columns in, text out); None for the target's own.
         template: for the other tasks, whether a prompt is put into the chat template as a user's message.
         model_config: defaults of the options, `context_length` and `threads`.
-        extra_pip_requirements: further packages for the model's environment.
+        target: `azure` makes a model that Azure ML's no-code image can load: the flat task, and what that image
+            needs in the requirements.
         mlflow_model: filled in by MLflow when the model is logged.
 
     Raises:
         WeightsError: the weights are missing or of another kind.
         InvalidRequest: a setting in model_config is not allowed.
     """
+    task, needed = common.for_target(target, task, common.requirements("onnxruntime", "onnxruntime-genai"))
     found = resolve(weights, "onnx", revision=revision)
     config = common.full_config(task, found.source, model_config, template)
     Tokens.from_folder(found.folder)
@@ -61,10 +63,7 @@ def save_model(
             model_config=config,
             signature=signature(task),
             input_example=input_example(task),
-            pip_requirements=[
-                *common.requirements("onnxruntime", "onnxruntime-genai"),
-                *(extra_pip_requirements or []),
-            ],
+            pip_requirements=needed,
             mlflow_model=model,
         )
     # Not through MLflow's `artifacts`: it refuses the links that the hub's cache is made of, and copies once more.

@@ -31,10 +31,10 @@ def save_model(
     weights: "str | Path | transformers.Pipeline" = "embedded",
     *,
     revision: str | None = None,
-    task: Task = "llm/v1/chat",
+    task: Task | None = None,
     template: bool = True,
     model_config: Mapping[str, Any] | None = None,
-    extra_pip_requirements: list[str] | None = None,
+    target: common.Target = "mlflow",
     mlflow_model: Model | None = None,
     **_: Any,
 ) -> None:
@@ -44,10 +44,11 @@ def save_model(
         path: the folder to write; it must not exist, or be empty.
         weights: `embedded`, a folder of transformers, a Hugging Face id, or a text-generation pipeline.
         revision: of the Hugging Face repository; None for the pinned one.
-        task: `llm/v1/chat`, `llm/v1/completions`, or `flat` (text columns in, text out).
+        task: `llm/v1/chat`, `llm/v1/completions`, or `flat` (text columns in, text out); None for the target's own.
         template: for the other tasks, whether a prompt is put into the chat template as a user's message.
         model_config: defaults of the options, `context_length` and `threads`.
-        extra_pip_requirements: further packages for the model's environment.
+        target: `azure` makes a model that Azure ML's no-code image can load: the flat task, and what that image
+            needs in the requirements.
         mlflow_model: filled in by MLflow when the model is logged.
 
     Raises:
@@ -55,7 +56,7 @@ def save_model(
         InvalidRequest: a setting in model_config is not allowed.
         BuildError: torch or transformers is not installed.
     """
-    needed = common.requirements("torch", "transformers")
+    task, needed = common.for_target(target, task, common.requirements("torch", "transformers"))
     import mlflow.transformers
 
     pipeline, found = _load(weights, revision)
@@ -70,7 +71,7 @@ def save_model(
             signature=signature(task) if task == "flat" else None,
             input_example=input_example(task),
             code_paths=[code],
-            pip_requirements=[*needed, *(extra_pip_requirements or [])],
+            pip_requirements=needed,
             mlflow_model=model,
         )
     _write_licence(path, found)

@@ -23,10 +23,11 @@ _UNSUPPORTED_MESSAGE_FIELDS = ("name", "refusal", "tool_calls", "tool_call_id")
 
 @dataclass(frozen=True)
 class Request:
-    """One checked request: chat messages, or a prompt that is taken as it is."""
+    """One checked request: chat messages, or a prompt that is taken as it is. `field` is the caller's name for it."""
 
     prompt: tuple[Message, ...] | str
     options: Options
+    field: str = "messages"
 
 
 @dataclass
@@ -73,7 +74,7 @@ def parse_completion(body: Mapping[str, Any], defaults: Options, *, template: bo
     values = _refuse_unsupported(body, stream=stream)
     prompt = _check_text("prompt", values.pop("prompt", None))
     options = _parse_options(values, defaults)
-    return Request(({"role": "user", "content": prompt},) if template else prompt, options)
+    return Request(({"role": "user", "content": prompt},) if template else prompt, options, "prompt")
 
 
 def parse_flat(body: Mapping[str, Any], defaults: Options, *, template: bool) -> Request:

@@ -5,6 +5,7 @@ Knows nothing of MLflow, HTTP or JSON.
 
 import queue
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -98,7 +99,7 @@ class Engine:
             InvalidRequest: the prompt does not fit, or an option means nothing to this model.
         """
         options = request.options
-        ids, dropped = self._encode(request.prompt, options)
+        ids, dropped = self._encode(request)
         room = self.context_length - len(ids)
         wanted = options.max_tokens or min(DEFAULT_MAX_TOKENS, room)
         grammar = self._grammars.compile(options.response_format)
@@ -149,48 +150,57 @@ class Engine:
             prompt=asked,
         )
 
-    def _encode(self, prompt: Sequence[Message] | str, options: Options) -> tuple[list[int], int]:
+    def _encode(self, request: Request) -> tuple[list[int], int]:
         """The prompt's ids, and how many messages had to be dropped to make it fit."""
-        if isinstance(prompt, str):
+        prompt, options = request.prompt, request.options
+        if isinstance(prompt, str) or len(prompt) == 1:
             ids = self._encode_if_possible(prompt)
             if not isinstance(ids, list):
-                raise self._too_long("prompt", ids)
+                raise self._too_long(request.field, ids, "shorten it")
             return ids, 0
-        kept = list(prompt)
         reserve = min(options.max_tokens or DEFAULT_MAX_TOKENS, self.context_length // 2)
-        while True:
-            ids = self._encode_if_possible(kept)
-            droppable = _oldest_turn(kept) if options.context_overflow == "drop_oldest" else None
-            if isinstance(ids, list) and (droppable is None or len(ids) + reserve <= self.context_length):
-                return ids, len(prompt) - len(kept)
-            if droppable is None:
-                assert not isinstance(ids, list)
-                raise self._too_long("messages", ids)
-            del kept[droppable]
+        drop = options.context_overflow == "drop_oldest"
+        starts = _turn_starts(prompt) if drop else [0]
+
+        def fits(start: int) -> bool:
+            ids = self._encode_if_possible(_kept(prompt, start))
+            return isinstance(ids, list) and len(ids) + reserve <= self.context_length
+
+        # The later the start, the fewer the tokens; the last start is taken in any case.
+        kept = _kept(prompt, starts[bisect_left(starts, True, hi=len(starts) - 1, key=fits)])
+        ids = self._encode_if_possible(kept)
+        if not isinstance(ids, list):
+            asked = 'shorten them, or set `context_overflow` to "drop_oldest"'
+            raise self._too_long(request.field, ids, "shorten them: no older turn is left to drop" if drop else asked)
+        return ids, len(prompt) - len(kept)
 
     def _encode_if_possible(self, prompt: Sequence[Message] | str) -> "list[int] | str":
         """The ids, or in words how many they are where they do not fit."""
         text = prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
         least = -(-len(text.encode("utf-8")) // self.tokens.longest_piece)
+        least += 0 if isinstance(prompt, str) else len(prompt)  # each message has its role's token
         if least >= self.context_length:
             return f"at least {least}"  # not worth encoding: this may be megabytes
         ids = self.tokens.encode_text(prompt) if isinstance(prompt, str) else self.tokens.encode_chat(prompt)
         return ids if len(ids) < self.context_length else str(len(ids))
 
-    def _too_long(self, name: str, count: Any) -> InvalidRequest:
-        remedy = "shorten it" if name == "prompt" else 'shorten them, or set `context_overflow` to "drop_oldest"'
+    def _too_long(self, name: str, count: Any, remedy: str) -> InvalidRequest:
         verb = "is" if name == "prompt" else "are"
         return InvalidRequest(
             name,
-            f"{verb} {count} tokens long with the template, and the context holds {self.context_length} "
+            f"{verb} {count} tokens long as the model reads it, and the context holds {self.context_length} "
             f"with at least one token of the answer; {remedy}",
         )
 
 
-def _oldest_turn(messages: Sequence[Message]) -> slice | None:
-    """The oldest turn that may be dropped: never a system message before it, never the last message."""
-    start = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
-    if start >= len(messages) - 1:
-        return None
-    end = next((i for i in range(start + 1, len(messages)) if messages[i]["role"] == "user"), len(messages) - 1)
-    return slice(start, end)
+def _turn_starts(messages: Sequence[Message]) -> list[int]:
+    """Where the kept part of a conversation may begin: with any turn, at the latest with the last message."""
+    first = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages) - 1)
+    last = len(messages) - 1
+    turns = [i for i in range(first + 1, last) if messages[i]["role"] == "user"]
+    return sorted({0, *turns, last})
+
+
+def _kept(messages: Sequence[Message], start: int) -> list[Message]:
+    """The messages from a start on, and the system messages before it."""
+    return [message for message in messages[:start] if message["role"] == "system"] + list(messages[start:])

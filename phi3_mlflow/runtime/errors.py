@@ -1,6 +1,9 @@
 """The errors a user sees. Every message says what was wrong, with the value, and what to do next."""
 
 
+_MAX_FIELD = 200  # characters
+
+
 class Phi3Error(Exception):
     """Base of every error that is meant for a person: its text is shown as one line, without a traceback."""
 
@@ -14,8 +17,9 @@ class InvalidRequest(Phi3Error):
     """
 
     def __init__(self, field: str, problem: str):
-        super().__init__(f"`{field}` {problem}")
-        self.field = field
+        # A part of the name may be the caller's own, and of any length.
+        self.field = "".join(c if c.isprintable() else repr(c)[1:-1] for c in field[:_MAX_FIELD])
+        super().__init__(f"`{self.field}{'...' if len(field) > _MAX_FIELD else ''}` {problem}")
 
 
 class WeightsError(Phi3Error):
@@ -28,5 +32,8 @@ class FormatError(Phi3Error):
 
 def shorten(value: object, limit: int = 60) -> str:
     """The value as an error message shows it: its repr, cut to `limit` characters."""
-    text = repr(value[: limit + 1]) if isinstance(value, str) else repr(value)
+    try:
+        text = repr(value[: limit + 1]) if isinstance(value, str) else repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, lists within lists without an end
+        text = f"a value of type {type(value).__name__} that cannot be shown"
     return text if len(text) <= limit else text[:limit] + "..."

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from .errors import InvalidRequest, shorten
@@ -64,19 +65,20 @@ class Range:
     def __str__(self) -> str:
         article = "an integer" if self.kind == "integer" else "a number"
         if math.isinf(self.high):
-            return f"{article} {'above' if self.above else 'of at least'} {self.low:g}"
-        if abs(self.low) >= 2**63:
-            return f"{article} of at most 64 bits"
-        return (
-            f"{article} {'above' if self.above else 'from'} {self.low:g} {'up ' if self.above else ''}to {self.high:g}"
-        )
+            return f"{article} {'above' if self.above else 'of at least'} {self.low}"
+        return f"{article} {'above' if self.above else 'from'} {self.low} {'up ' if self.above else ''}to {self.high}"
 
     def check(self, name: str, value: Any) -> int | float:
         """The value as an int or a float; InvalidRequest where it is no such number."""
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf:
+        if isinstance(value, Real) and not isinstance(value, bool) and -math.inf < value < math.inf:
             inside = self.low < value if self.above else self.low <= value
-            if inside and value <= self.high and (self.kind == "number" or value == int(value)):
-                return int(value) if self.kind == "integer" else float(value)
+            if inside and value <= self.high:
+                try:
+                    number = int(value) if self.kind == "integer" else float(value)
+                except OverflowError:  # an integer beyond all floating-point numbers
+                    number = math.inf
+                if number == value:
+                    return number
         raise InvalidRequest(name, f"is {shorten(value)}; it must be {self}")
 
 
@@ -149,7 +151,8 @@ def _check_logit_bias(value: Any) -> dict[int, float]:
         raise InvalidRequest("logit_bias", f"has {len(value)} entries; at most {MAX_LOGIT_BIAS} are allowed")
     biases = {}
     for token, bias in value.items():
-        if not _TOKEN_ID.fullmatch(str(token)):
+        known = token in range(10**9) if isinstance(token, Integral) else _TOKEN_ID.fullmatch(str(token))
+        if not known or isinstance(token, bool):
             raise InvalidRequest("logit_bias", f"has the key {shorten(token)}; the keys must be token ids")
         biases[int(token)] = Range("number", -100, 100).check(f"logit_bias[{int(token)}]", bias)
     return biases

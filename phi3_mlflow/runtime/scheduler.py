@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from .decoders.base import Decoder
 from .generation import Generation, Step, StopReason
 
@@ -99,9 +101,7 @@ class Scheduler:
 
     def _run(self) -> None:
         while self._sleep_while_idle():
-            self._admit()
-            self._end_overdue()
-            for step in (self._prefill, self._decode):
+            for step in (self._admit, self._end_overdue, self._prefill, self._decode):
                 try:
                     step()
                 except Exception as error:  # whatever a backend raises ends the answers in the making, not the thread
@@ -131,13 +131,8 @@ class Scheduler:
             slot = max(free, key=lambda slot: self._reusable(slot, prompt))
             reused = self._reusable(slot, prompt)
             slot.job, slot.pending, slot.next = job, prompt[reused:], None
-            try:
-                if len(slot.tokens) > reused:
-                    self._decoder.rewind(slot.index, reused)
-            except Exception as error:
-                _logger.exception("the decoder failed")
-                self._fail(slot, error)
-                continue
+            # Also where nothing is left over: a decoder that failed may hold more than the slot knows of.
+            self._decoder.rewind(slot.index, reused)
             del slot.tokens[reused:]
             slot.prefilled = reused
 
@@ -176,12 +171,11 @@ class Scheduler:
         for index, row in logits.items():
             self._accept(self._slots[index], row)
 
-    def _accept(self, slot: _Slot, logits) -> None:
+    def _accept(self, slot: _Slot, logits: np.ndarray) -> None:
         assert slot.job is not None
         try:
             step = slot.job.generation.accept(logits)
-        except Exception as error:
-            _logger.exception("an answer failed")
+        except Exception as error:  # this answer's own failure; what the decoder holds is sound
             slot.job.deliver(error)
             slot.job = None
             return
@@ -192,14 +186,13 @@ class Scheduler:
         job.deliver(step)
 
     def _deliver_end(self, job: Job) -> None:
-        job.deliver(job.generation.end(job.ending() or "cancelled"))
+        try:
+            job.deliver(job.generation.end(job.ending() or "cancelled"))
+        except Exception as error:
+            job.deliver(error)
 
     def _fail_all(self, error: Exception) -> None:
         for slot in self._slots:
             if slot.job is not None:
-                self._fail(slot, error)
-
-    def _fail(self, slot: _Slot, error: Exception) -> None:
-        assert slot.job is not None
-        slot.job.deliver(error)
-        slot.job, slot.prefilled = None, 0
+                slot.job.deliver(error)
+                slot.job, slot.prefilled = None, 0

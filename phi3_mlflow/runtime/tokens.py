@@ -27,6 +27,8 @@ _WHITE_SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u200
     "\u2028\u2029\u202f\u205f\u3000"
 )
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+# Layouts of longer conversations are not kept: a cache of them would hold hundreds of megabytes.
+_CACHED_ROLES = 64
 _PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
 
 
@@ -89,7 +91,8 @@ class Tokens:
         Raises:
             InvalidRequest: the template cannot express these roles in this order.
         """
-        parts = self._layout(tuple(message["role"] for message in messages))
+        roles = tuple(message["role"] for message in messages)
+        parts = self._layout(roles) if len(roles) <= _CACHED_ROLES else self._split_template(roles)
         runs: list[int | str] = []
         for part in parts:
             # An int stands for a control token; a tuple holds the index of the message whose content goes there.
