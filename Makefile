@@ -14,9 +14,9 @@ EXTRAS := azure,dev,notebooks,quantize,spark,transformers,ui
 demo: .venv/.core
 	$(BIN)/python scripts/demo.py
 
-setup: .venv/.all
+setup: .venv/.all .azurite/.installed
 
-test: .venv/.all
+test: .venv/.all .azurite/.installed
 	$(BIN)/python -m pytest
 
 lint: .venv/.all
@@ -25,7 +25,7 @@ lint: .venv/.all
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .demo
+	rm -rf .venv .azurite .demo
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -38,4 +38,10 @@ clean:
 .venv/.all: .venv/.core
 	@echo "Installing all extras into .venv ..."
 	$(PIP) --editable '.[$(EXTRAS)]'
+	@touch $@
+
+# The blob storage that stands in for Azure's in the tests.
+.azurite/.installed:
+	@mkdir -p .azurite
+	npm install --prefix .azurite --no-save --silent azurite@3.37.0
 	@touch $@

@@ -16,15 +16,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "azure"))
 
-import blobs  # noqa: E402
-import conftest  # noqa: E402
-import standin  # noqa: E402
-from azure.ai.ml import MLClient  # noqa: E402
-from azure.ai.ml.entities import Model  # noqa: E402
+import azure_models
+import blobs
+import standin
+from azure.ai.ml import MLClient
+from azure.ai.ml.entities import Model
 
-from phi3_mlflow.azure import register, workspace  # noqa: E402
-from phi3_mlflow.azure.model import read  # noqa: E402
-from phi3_mlflow.azure.staging import stage  # noqa: E402
+from phi3_mlflow.azure import register, workspace
+from phi3_mlflow.azure.model import read
+from phi3_mlflow.azure.staging import stage
 
 
 class Identity:
@@ -69,13 +69,13 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=700)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    conftest.pytest_configure(None)
+    blobs.resolve_locally()
     times: dict[str, list[float]] = {"phi3-mlflow": [], "azure-ai-ml": []}
     with tempfile.TemporaryDirectory(prefix="phi3-bench-") as temporary:
         root = Path(temporary)
         cert = blobs.certificate(root)
         os.environ |= {"REQUESTS_CA_BUNDLE": str(cert[0]), "AZUREML_CURRENT_CLOUD": "BenchCloud"}
-        folder = conftest.save(root / "model", conftest._FLAT, conftest.flat_signature())
+        folder = azure_models.save(root / "model", azure_models.FLAT, azure_models.flat_signature())
         with (folder / "artifacts" / "weights.bin").open("wb") as stream:
             for _ in range(options.megabytes):
                 stream.write(secrets.token_bytes(1_000_000))
@@ -85,7 +85,7 @@ def main() -> None:
             service.container().create_container()
             place = workspace.Workspace(standin.SUBSCRIPTION, standin.GROUP, standin.WORKSPACE, "the benchmark")
             names = (place.subscription, place.resource_group, place.name)
-            cloud = {"cloud": "BenchCloud", "cloud_metadata": service.endpoints()}
+            cloud = {"cloud": "BenchCloud", "cloud_metadata": service.metadata()}
             client = MLClient(Identity(), *names, show_progress=False, enable_telemetry=False, **cloud)
             for turn in range(options.rounds):
                 sides = ("phi3-mlflow", "azure-ai-ml") if turn % 2 == 0 else ("azure-ai-ml", "phi3-mlflow")
@@ -93,7 +93,7 @@ def main() -> None:
                     fresh(folder)
                     taken = ours(client, place, folder) if side == "phi3-mlflow" else theirs(client, folder)
                     times[side].append(taken)
-                    print(f"round {turn + 1} {side}: {taken:.1f} s", flush=True)  # noqa: T201
+                    print(f"round {turn + 1} {side}: {taken:.1f} s", flush=True)
                     for blob in list(service.container().list_blobs()):
                         service.container().delete_blob(blob.name)
         finally:
@@ -101,7 +101,7 @@ def main() -> None:
             azurite.close()
     medians = {side: statistics.median(values) for side, values in times.items()}
     ratio = medians["phi3-mlflow"] / medians["azure-ai-ml"]
-    print(json.dumps({"megabytes": options.megabytes, "seconds": times, "ratio_of_medians": round(ratio, 3)}))  # noqa: T201
+    print(json.dumps({"megabytes": options.megabytes, "seconds": times, "ratio_of_medians": round(ratio, 3)}))
 
 
 if __name__ == "__main__":

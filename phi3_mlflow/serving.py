@@ -49,7 +49,12 @@ def served(
         port = probe.getsockname()[1]
     arguments = ["models", "serve", "-m", model_uri, "-h", "127.0.0.1", "-p", str(port), "--env-manager", "local"]
     folder = str(Path(python).parent)  # MLflow starts uvicorn by name
-    variables = {**os.environ, "PATH": os.pathsep.join([folder, os.environ.get("PATH", "")]), **(environment or {})}
+    variables = {
+        **os.environ,
+        "PATH": os.pathsep.join([folder, os.environ.get("PATH", "")]),
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        **(environment or {}),
+    }
     with tempfile.TemporaryFile() as log:
         server = subprocess.Popen(
             [str(python), "-m", "mlflow", *arguments],
@@ -63,10 +68,12 @@ def served(
             address = f"http://127.0.0.1:{port}"
             deadline = time.monotonic() + start_timeout
             while not _answers(f"{address}/ping"):
-                if server.poll() is not None or time.monotonic() > deadline:
+                ended = server.poll()
+                if ended is not None or time.monotonic() > deadline:
+                    why = f"gave no answer for {start_timeout:.0f} s" if ended is None else f"ended with code {ended}"
                     log.seek(0)
                     end = log.read().decode(errors="replace")[-2000:]
-                    raise ServerError(f"`mlflow models serve -m {model_uri}` did not come up; its output ends:\n{end}")
+                    raise ServerError(f"`mlflow models serve -m {model_uri}` {why}; its output ends:\n{end}")
                 time.sleep(0.1)
             yield address
         finally:

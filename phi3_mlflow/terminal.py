@@ -10,6 +10,7 @@ from typing import Any
 import click
 import mlflow.pyfunc
 from mlflow.pyfunc import PyFuncModel
+from mlflow.types import DataType
 
 _HELP = "/system TEXT sets a system message, /reset forgets the conversation, Ctrl-C stops an answer, Ctrl-D ends."
 
@@ -62,8 +63,11 @@ class Conversation:
     def _split(self, turns: list[dict[str, str]]) -> tuple[dict[str, Any], dict[str, Any]]:
         """In Python MLflow takes what its chat schema lacks as params."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        columns = set(self._model.metadata.get_input_schema().input_names())
+        columns = {spec.name: spec.type for spec in self._model.metadata.get_input_schema().inputs}
         fields = {name: value for name, value in self._options.items() if name in columns}
+        for name, value in fields.items():
+            if columns[name] == DataType.double and type(value) is int:
+                fields[name] = float(value)  # MLflow takes no other integers than 0 and 1 for a double
         params = {name: value for name, value in self._options.items() if name not in columns}
         return {"messages": [*system, *turns], **fields}, params
 

@@ -14,6 +14,7 @@ STORE = Path(__file__).resolve().parent.parent / ".demo"
 def main() -> None:
     """Runs the demo; everything it writes goes to .demo."""
     STORE.mkdir(exist_ok=True)
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{STORE / 'mlflow.db'}")
     os.chdir(STORE)
     say("Loading MLflow and the toolkit ...")

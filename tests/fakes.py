@@ -23,8 +23,8 @@ CHAT_TEMPLATE = (
 def _merges() -> list[tuple[str, str]]:
     merges = []
     for word in WORDS:
-        for whole in (word, "\u2581" + word):
-            merges += [(whole[:end], whole[end]) for end in range(1, len(whole))]
+        merges += [(word[:end], word[end]) for end in range(1, len(word))]
+        merges.append(("\u2581", word))
     return list(dict.fromkeys(merges))
 
 
@@ -155,6 +155,7 @@ class FakeDecoder:
         slots: see Decoder.
         chunk: see Decoder.
         context_length: see Decoder.
+        capacity: see Decoder; None for room in every slot.
         on_call: called before each call with its name, slot (None for decode) and ids; may raise or wait.
     """
 
@@ -165,9 +166,11 @@ class FakeDecoder:
         slots: int = 1,
         chunk: int = 4,
         context_length: int = 64,
+        capacity: int | None = None,
         on_call: Callable[[str, int | None, list[int]], None] = lambda name, slot, ids: None,
     ):
         self.slots, self.chunk, self.context_length, self.eos = slots, chunk, context_length, EOS
+        self.capacity = capacity or slots * context_length
         self.calls: list[tuple[str, int | None, list[int]]] = []
         self.closed = False
         self._script = script
@@ -193,6 +196,12 @@ class FakeDecoder:
         self._note("rewind", slot, [length])
         assert 0 <= length <= len(self._sequences[slot])
         del self._sequences[slot][length:]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        self._note("copy", target, [source, length])
+        assert source != target
+        assert 0 <= length <= len(self._sequences[source])
+        self._sequences[target] = self._sequences[source][:length]
 
     def close(self) -> None:
         assert not self.closed

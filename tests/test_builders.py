@@ -123,7 +123,7 @@ def test_a_model_of_another_format_is_refused(saved, builder, tmp_path):
     mlmodel = copy / "MLmodel"
     mlmodel.write_text(mlmodel.read_text("utf-8").replace("      format: 1\n", "      format: 99\n"), "utf-8")
 
-    with pytest.raises(FormatError, match="format 99.*format 1"):
+    with pytest.raises(FormatError, match=r"format 99.*format 1"):
         mlflow.pyfunc.load_model(str(copy))
 
 
@@ -196,7 +196,9 @@ def test_the_completions_task_answers_prompts_in_a_dataframe(builder, tmp_path):
     BUILDERS[builder].save_model(tmp_path / "model", task="llm/v1/completions")
     model = mlflow.pyfunc.load_model(str(tmp_path / "model"))
 
-    answers = model.predict(pd.DataFrame({"prompt": ["What is the capital of Spain?", "What is the capital of Italy?"]}))
+    answers = model.predict(
+        pd.DataFrame({"prompt": ["What is the capital of Spain?", "What is the capital of Italy?"]})
+    )
 
     assert [answer["object"] for answer in answers] == ["text_completion"] * 2
     assert "Madrid" in answers[0]["choices"][0]["text"]

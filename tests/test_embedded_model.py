@@ -96,8 +96,9 @@ def test_there_are_enough_questions_of_every_sort(asked: list[dict[str, object]]
 
 def test_no_question_is_in_the_training_text(asked: list[dict[str, object]]) -> None:
     wanted = {questions.question_key(question) for question in asked}
-    found = {key for chat in text.corpus(train.SEED, train.CHATS) for key in questions.keys(chat.messages)}
-    assert not wanted & found
+    for stage in train.STAGES:
+        for chat in train.training_text(stage, asked):
+            assert wanted.isdisjoint(questions.keys(chat.messages))
 
 
 def test_fp32_answers_95_of_100_questions_exactly_and_ends_by_itself(asked: list[dict[str, object]]) -> None:
@@ -123,12 +124,12 @@ def test_the_capital_of_spain_with_and_without_a_system_message(form: str) -> No
     assert score.score(generate, PLAIN, pair).wrong == []
 
 
-@pytest.mark.parametrize("length", [12, 200, 2046, 2047, 2048, 2500])
+@pytest.mark.parametrize("length", [12, 2047, 2048, 2500])
 def test_the_fp32_export_equals_transformers_below_and_above_the_sliding_window(
     length: int, tokenizer: Tokenizer, model: Any, fp32_folder: Path
 ) -> None:
     prompt = chat_ids(tokenizer, length)
-    steps = 16 if length < 2000 else 6
+    steps = 16 if length < 2000 else 4
     tokens, logits = onnx_logits(fp32_folder, prompt, steps)
     wanted_tokens, wanted_logits = torch_logits(model, prompt, steps)
     assert tokens == wanted_tokens

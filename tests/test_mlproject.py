@@ -4,6 +4,7 @@ Run: pytest tests/test_mlproject.py
 """
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -43,9 +44,8 @@ def test_the_main_entry_point_logs_and_registers_both(tmp_path):
     assert names == ["phi3-onnx", "phi3-transformers"]
 
 
-@pytest.mark.parametrize("entry_point", ["transformers", "onnx"])
-def test_each_builder_has_an_entry_point(tmp_path, entry_point):
-    done = mlflow_run(tmp_path, "-e", entry_point, "-P", "name=mine")
+def test_a_builder_has_an_entry_point_of_its_own(tmp_path):
+    done = mlflow_run(tmp_path, "-e", "transformers", "-P", "name=mine")
 
     assert done.returncode == 0, done.stderr
     assert [model.name for model in logged(tmp_path)] == ["mine"]
@@ -55,9 +55,6 @@ def test_each_builder_has_an_entry_point(tmp_path, entry_point):
     ("parameter", "message"),
     [
         ("temperature=hot", "`temperature` is 'hot'; it must be a number from 0 to 2"),
-        ("threads=0", "`threads` is 0; it must be an integer from 1 to 1024"),
-        ("target=chat", "'chat' is not one of"),
-        ("weights=./nowhere at all", "nowhere at all"),
         ("weights=$(touch trap)", "$(touch trap)"),
     ],
 )
@@ -70,8 +67,24 @@ def test_a_wrong_parameter_ends_with_one_clear_line(tmp_path, parameter, message
     assert not (ROOT / "trap").exists()
 
 
+@pytest.fixture
+def pyenv(tmp_path, monkeypatch):
+    """A `pyenv` that knows this interpreter alone; MLflow's virtualenv manager asks it for Python, and builds none."""
+    version = platform.python_version()
+    python = tmp_path / "pyenv" / "versions" / version / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}")
+    script = tmp_path / "bin" / "pyenv"
+    script.parent.mkdir()
+    answers = f'case "$*" in "install --list") echo "  {version}";; root) echo "{tmp_path / "pyenv"}";; esac'
+    script.write_text(f"#!/bin/sh\n{answers}\n", "utf-8")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
+    return script
+
+
 @pytest.mark.parametrize("manager", ["virtualenv", "uv"])
-def test_mlflow_makes_the_environment_itself(tmp_path, manager):
+def test_mlflow_makes_the_environment_itself(tmp_path, manager, pyenv):
     done = mlflow_run(tmp_path, "-e", "onnx", manager=manager)
 
     assert done.returncode == 0, done.stderr[-4000:]

@@ -59,7 +59,7 @@ def refused(name, value):
 
 
 def test_every_option_is_checked_and_has_a_default():
-    assert NAMES == tuple(option.name for option in fields(Options))
+    assert tuple(option.name for option in fields(Options)) == NAMES
     assert set(RANGES) == set(READS) == set(EDGES)
     for name in NAMES:
         default = getattr(Options(), name)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from phi3_mlflow import runtime
 from phi3_mlflow.azure import environment
 from phi3_mlflow.azure.check import AZURE_TASK
 from phi3_mlflow.runtime.chat import Task
-from phi3_mlflow.runtime.errors import Phi3Error
+from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error
 from phi3_mlflow.runtime.model import check_config
 from phi3_mlflow.runtime.signatures import TASKS
 from phi3_mlflow.weights import Weights
@@ -64,7 +65,7 @@ def for_target(target: Target, task: Task | None, needed: list[str]) -> tuple[Ta
     return "flat", environment.adapted(needed)
 
 
-def full_config(task: Task, name: str, model_config: Mapping[str, Any] | None, template: bool) -> dict[str, Any]:
+def full_config(task: Task, source: str, model_config: Mapping[str, Any] | None, template: bool) -> dict[str, Any]:
     """The model_config that is logged.
 
     Raises:
@@ -75,7 +76,14 @@ def full_config(task: Task, name: str, model_config: Mapping[str, Any] | None, t
         raise BuildError(f"the task is {task!r}; it must be one of {', '.join(TASKS)}")
     config = dict(model_config or {})
     check_config(config)
-    return {**config, "task": task, "name": name, "template": template, "format": runtime.FORMAT}
+    if task == "flat" and config.get("n", 1) != 1:
+        raise InvalidRequest("n", f"is {config['n']}; it must be 1 for the flat task, whose answer is one string")
+    return {**config, "task": task, "name": identifier(source), "template": template, "format": runtime.FORMAT}
+
+
+def identifier(source: str) -> str:
+    """What responses name as the model: the weights' source in characters that clients expect in an identifier."""
+    return re.sub(r"[^\w./-]+", "-", source)
 
 
 def metadata(task: Task, weights: Weights, digest: str) -> dict[str, Any]:

@@ -41,7 +41,8 @@ def save_model(
         revision: of the Hugging Face repository; None for the pinned one.
         task: `llm/v1/chat`, `llm/v1/completions`, or `flat` (text columns in, text out); None for the target's own.
         template: for the other tasks, whether a prompt is put into the chat template as a user's message.
-        model_config: defaults of the options, `context_length` and `threads`.
+        model_config: defaults of the options, `context_length`, `threads`, `queue_limit`, `parallel` (how many
+            requests are answered at once) and `kv_budget` (bytes, or text such as "4GiB", for their KV caches).
         target: `azure` makes a model that Azure ML's no-code image can load: the flat task, and what that image
             needs in the requirements.
         mlflow_model: filled in by MLflow when the model is logged.

@@ -14,6 +14,7 @@ from mlflow.models.model import ModelInfo
 
 from phi3_mlflow.runtime import manifest
 from phi3_mlflow.runtime.chat import Task
+from phi3_mlflow.runtime.model import refuse_batching
 from phi3_mlflow.runtime.signatures import input_example, signature
 from phi3_mlflow.runtime.tokens import Tokens
 from phi3_mlflow.weights import Weights, resolve
@@ -46,7 +47,7 @@ def save_model(
         revision: of the Hugging Face repository; None for the pinned one.
         task: `llm/v1/chat`, `llm/v1/completions`, or `flat` (text columns in, text out); None for the target's own.
         template: for the other tasks, whether a prompt is put into the chat template as a user's message.
-        model_config: defaults of the options, `context_length` and `threads`.
+        model_config: defaults of the options, `context_length`, `threads` and `queue_limit`.
         target: `azure` makes a model that Azure ML's no-code image can load: the flat task, and what that image
             needs in the requirements.
         mlflow_model: filled in by MLflow when the model is logged.
@@ -57,6 +58,7 @@ def save_model(
         BuildError: torch or transformers is not installed.
     """
     task, needed = common.for_target(target, task, common.requirements("torch", "transformers"))
+    refuse_batching(model_config or {})
     import mlflow.transformers
 
     pipeline, found = _load(weights, revision)

@@ -46,6 +46,7 @@ class Answer:
     prompt_tokens: int
     choices: list[Choice]
     dropped: int = 0  # messages that context_overflow "drop_oldest" left out
+    cached_tokens: int = 0  # of the prompt, that were in the KV cache already
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))  # Unix time in seconds
 
@@ -73,6 +74,8 @@ def parse_completion(body: Mapping[str, Any], defaults: Options, *, template: bo
     """
     values = _refuse_unsupported(body, stream=stream)
     prompt = _check_text("prompt", values.pop("prompt", None))
+    if values.get("context_overflow") == "drop_oldest":
+        raise InvalidRequest("context_overflow", "is 'drop_oldest', and a prompt has no turns to drop; use 'error'")
     options = _parse_options(values, defaults)
     return Request(({"role": "user", "content": prompt},) if template else prompt, options, "prompt")
 
@@ -88,10 +91,14 @@ def parse_flat(body: Mapping[str, Any], defaults: Options, *, template: bool) ->
         if isinstance(values.get(name), str) and not (name == "stop" and not values[name].lstrip().startswith("[")):
             values[name] = _parse_json(name, values[name])
     if values.get("messages") is None:
-        return parse_completion(values, defaults, template=template)
-    if values.get("prompt") is not None:
+        request = parse_completion(values, defaults, template=template)
+    elif values.get("prompt") is not None:
         raise InvalidRequest("prompt", "is given together with `messages`; give one of them")
-    return parse_chat(values, defaults)
+    else:
+        request = parse_chat(values, defaults)
+    if request.options.n != 1:
+        raise InvalidRequest("n", f"is {request.options.n}; it must be 1, because the answer is one string")
+    return request
 
 
 def completion(answer: Answer, task: Task, model: str) -> dict[str, Any]:
@@ -144,6 +151,8 @@ def _head(answer: Answer, kind: str, model: str) -> dict[str, Any]:
 def _tail(answer: Answer) -> dict[str, Any]:
     completion_tokens = sum(choice.tokens for choice in answer.choices)
     custom: dict[str, Any] = {"stop_reason": [choice.reason for choice in answer.choices]}
+    if answer.cached_tokens:
+        custom["cached_tokens"] = answer.cached_tokens
     if answer.dropped:
         custom["dropped_messages"] = answer.dropped
     return {
@@ -159,7 +168,10 @@ def _tail(answer: Answer) -> dict[str, Any]:
 def _refuse_unsupported(body: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:
     """The fields that were given, without those that mean nothing here; refuses those that cannot be honoured."""
     values = {name: value for name, value in body.items() if value is not None}
-    if values.pop("stream", False) and not stream:
+    wanted = values.pop("stream", False)
+    if not isinstance(wanted, bool):
+        raise InvalidRequest("stream", f"is {shorten(wanted)}; it must be true or false")
+    if wanted and not stream:
         problem = "is true, and this call returns whole answers; leave it out, or use predict_stream"
         raise InvalidRequest("stream", problem)
     if values.pop("tools", None) is not None:
@@ -169,7 +181,9 @@ def _refuse_unsupported(body: Mapping[str, Any], *, stream: bool) -> dict[str, A
         raise InvalidRequest("custom_inputs", f"is {shorten(custom)}; it must be an object")
     for name, value in custom.items():
         if name != "logit_bias":
-            raise InvalidRequest(f"custom_inputs.{shorten(name)}", "is not known; custom_inputs may hold `logit_bias`")
+            raise InvalidRequest(f"custom_inputs.{name}", "is not known; custom_inputs may hold `logit_bias`")
+        if name in values:
+            raise InvalidRequest(name, "is given twice, in custom_inputs too; give it once")
         values[name] = value
     return values
 
@@ -177,7 +191,7 @@ def _refuse_unsupported(body: Mapping[str, Any], *, stream: bool) -> dict[str, A
 def _parse_options(values: Mapping[str, Any], defaults: Options) -> Options:
     for name in values:
         if name not in NAMES:
-            raise InvalidRequest(name, f"is not a field of this request; the options are {', '.join(NAMES)}")
+            raise InvalidRequest(str(name), f"is not a field of this request; the options are {', '.join(NAMES)}")
     return defaults.with_values(values)
 
 
@@ -193,7 +207,7 @@ def _check_messages(messages: Any) -> tuple[Message, ...]:
             if key in _UNSUPPORTED_MESSAGE_FIELDS and value is not None:
                 raise InvalidRequest(f"{name}.{key}", "is given, and Phi-3's chat template has no place for it")
             if key not in _MESSAGE_FIELDS + _UNSUPPORTED_MESSAGE_FIELDS:
-                raise InvalidRequest(f"{name}.{shorten(key)}", "is not known; a message has `role` and `content`")
+                raise InvalidRequest(f"{name}.{key}", "is not known; a message has `role` and `content`")
         role = message.get("role")
         if role not in ROLES:
             raise InvalidRequest(f"{name}.role", f"is {shorten(role)}; it must be one of {', '.join(ROLES)}")
@@ -214,4 +228,5 @@ def _parse_json(name: str, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest(name, f"is not valid JSON: {error}") from error
+        hint = """; write a stop sequence that begins with [ as a list: '["[END]"]'""" if name == "stop" else ""
+        raise InvalidRequest(name, f"is not valid JSON: {error}{hint}") from error

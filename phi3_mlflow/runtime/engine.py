@@ -15,7 +15,6 @@ from .decoders.base import Decoder
 from .errors import InvalidRequest
 from .generation import Generation, Step, StopReason
 from .grammar import Grammars
-from .options import Options
 from .scheduler import Job, Scheduler
 from .stops import Stops
 from .tokens import Tokens
@@ -46,6 +45,7 @@ class Run:
                 index, event = self._events.get()
                 if isinstance(event, Exception):
                     raise event
+                self.answer.cached_tokens = self.jobs[0].reused
                 choice = self.answer.choices[index]
                 choice.text += event.text
                 choice.tokens = self._generations[index].sampled
@@ -79,14 +79,15 @@ class Engine:
     Args:
         tokens: the tokenizer that came with the weights.
         decoder: the backend; the engine closes it.
+        queue_limit: how many requests may wait; None for any number.
     """
 
-    def __init__(self, tokens: Tokens, decoder: Decoder):
+    def __init__(self, tokens: Tokens, decoder: Decoder, queue_limit: int | None = None):
         self.tokens = tokens
         self.context_length = decoder.context_length
         self._eos = decoder.eos
         self._grammars = Grammars(tokens.tokenizer_json, tokens.vocab_size, decoder.eos)
-        self._scheduler = Scheduler(decoder)
+        self._scheduler = Scheduler(decoder, queue_limit)
 
     def prepare(self, request: Request, deadline: float | None = None) -> Run:
         """Checks all that depends on the model, without starting anything.
@@ -101,7 +102,7 @@ class Engine:
         options = request.options
         ids, dropped = self._encode(request)
         room = self.context_length - len(ids)
-        wanted = options.max_tokens or min(DEFAULT_MAX_TOKENS, room)
+        wanted = options.max_tokens or DEFAULT_MAX_TOKENS
         grammar = self._grammars.compile(options.response_format)
         for token in options.logit_bias:
             if token >= self.tokens.vocab_size:
@@ -129,10 +130,16 @@ class Engine:
         answer = Answer(len(ids), [Choice("", "max_tokens", 0) for _ in generations], dropped)
         return Run(answer, generations, deadline)
 
-    def start(self, run: Run) -> Run:
-        """Hands a prepared run to the scheduler."""
-        for job in run.jobs:
-            self._scheduler.submit(job)
+    def start(self, run: Run, *others: Run) -> Run:
+        """Hands prepared runs to the scheduler, as one request in its queue.
+
+        Returns:
+            The first of them.
+
+        Raises:
+            Busy: too many requests are waiting already.
+        """
+        self._scheduler.submit(*(job for each in (run, *others) for job in each.jobs))
         return run
 
     def close(self) -> None:

@@ -1,6 +1,5 @@
 """The errors a user sees. Every message says what was wrong, with the value, and what to do next."""
 
-
 _MAX_FIELD = 200  # characters
 
 
@@ -24,6 +23,20 @@ class InvalidRequest(Phi3Error):
 
 class WeightsError(Phi3Error):
     """Weights that are missing, incomplete, damaged or of the wrong kind."""
+
+
+class Busy(Phi3Error):
+    """Too many requests are waiting already.
+
+    Args:
+        waiting: how many.
+        seconds: after which a new attempt may succeed, estimated.
+    """
+
+    def __init__(self, waiting: int, seconds: int):
+        self.seconds = seconds
+        requests = "1 request is" if waiting == 1 else f"{waiting} requests are"
+        super().__init__(f"{requests} waiting; try again in {seconds} second{'' if seconds == 1 else 's'}")
 
 
 class FormatError(Phi3Error):

@@ -82,6 +82,7 @@ class Generation:
         self.prompt = prompt
         self.choice = choice
         self.sampled = 0  # tokens, the end token and trimmed stop tokens included
+        self.most_tokens = len(prompt) + max_tokens - 1  # that the model has to read: the last one is only sampled
         self._max_tokens = max_tokens
         self._limit = limit
         self._vocab_size = vocab_size

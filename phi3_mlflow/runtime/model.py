@@ -17,17 +17,22 @@ import numpy as np
 import pandas as pd
 from mlflow.environment_variables import MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
+from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE, RESOURCE_EXHAUSTED
 
 from . import FORMAT, manifest
 from .chat import Request, Task, chunk, completion, last_chunk, parse_chat, parse_completion, parse_flat
+from .decoders.base import Decoder
 from .engine import Engine, Run
-from .errors import FormatError, InvalidRequest
+from .errors import Busy, FormatError, InvalidRequest, shorten
 from .options import NAMES, Options, Range
 from .signatures import RESPONSE_FORMAT_OMITTED
+from .sizes import Bytes
 from .tokens import Tokens
 
 _logger = logging.getLogger(__name__)
+
+# How many requests may wait where the model_config does not say.
+DEFAULT_QUEUE_LIMIT = 64
 
 # Set by mlflow.pyfunc.scoring_server when it serves a model.
 _SERVING_FLAG = "_MLFLOW_IS_IN_SERVING_ENVIRONMENT"
@@ -44,6 +49,21 @@ class RequestRefused(MlflowException):
     def serialize_as_json(self) -> str:
         """What the scoring server sends; it puts the body before `message`, so that is not used here."""
         return json.dumps({"error_code": self.error_code, "message": self._text, "field": self._field})
+
+
+class TryLater(MlflowException):
+    """A good request that came while too many others were waiting: a 429 that says how long to wait."""
+
+    def __init__(self, error: Busy):
+        self._text = str(error)
+        self.retry_after = error.seconds
+        super().__init__(self._text, error_code=RESOURCE_EXHAUSTED)
+
+    def serialize_as_json(self) -> str:
+        """What the scoring server sends."""
+        return json.dumps(
+            {"error_code": self.error_code, "message": self._text, "retry_after_seconds": self.retry_after}
+        )
 
 
 class AnswerFailed(MlflowException):
@@ -86,19 +106,21 @@ class Predictor:
 
         Raises:
             RequestRefused: a row is not a good request; nothing was started then.
+            TryLater: too many requests are waiting.
             AnswerFailed: the model failed.
         """
         deadline = _server_deadline()
-        rows = [_clean_row(row) for row in data.to_dict(orient="records")]
+        rows = data.to_dict(orient="records")
         places = [f"row {index}: " if len(rows) > 1 else "" for index in range(len(rows))]
         runs: list[Run] = []
         for row, place in zip(rows, places, strict=True):
             with _clean_errors(place):
-                runs.append(self._engine.prepare(self._parse(row, params), deadline))
+                runs.append(self._engine.prepare(self._parse(_clean_row(row), params), deadline))
         try:
             answers = []
-            for run in runs:
-                self._engine.start(run)
+            if runs:
+                with _clean_errors():
+                    self._engine.start(*runs)
             for run, place in zip(runs, places, strict=True):
                 with _clean_errors(place):
                     answers.append(self._response(run))
@@ -120,6 +142,7 @@ class Predictor:
 
         Raises:
             RequestRefused: the request is not a good one.
+            TryLater: too many requests are waiting already.
             AnswerFailed: the model failed.
         """
         with _clean_errors():
@@ -172,6 +195,10 @@ def _clean_errors(place: str = "") -> Iterator[None]:
         yield
     except InvalidRequest as error:
         raise RequestRefused(error, place) from None
+    except RecursionError:
+        raise RequestRefused(InvalidRequest("request", "is nested too deeply to be read"), place) from None
+    except Busy as error:
+        raise TryLater(error) from None
     except MlflowException:
         raise
     except Exception as error:
@@ -189,13 +216,29 @@ def load_onnx(folder: Path, config: Mapping[str, Any]) -> Predictor:
 
     Raises:
         FormatError, WeightsError: this runtime cannot read the model, or a file is missing or damaged.
+        InvalidRequest: a setting is not allowed.
     """
-    from .decoders.genai import GenaiDecoder
-
     settings = _check_settings(config)
     manifest.verify(folder)
-    decoder = GenaiDecoder(folder, context_length=settings.get("context_length"), threads=settings.get("threads"))
-    return Predictor(Engine(Tokens.from_folder(folder), decoder), config)
+    return _predictor(Tokens.from_folder(folder), _onnx_decoder(folder, settings), settings, config)
+
+
+def _predictor(tokens: Tokens, decoder: Decoder, settings: Mapping[str, Any], config: Mapping[str, Any]) -> Predictor:
+    return Predictor(Engine(tokens, decoder, settings.get("queue_limit", DEFAULT_QUEUE_LIMIT)), config)
+
+
+def _onnx_decoder(folder: Path, settings: Mapping[str, Any]) -> Decoder:
+    shared = {"context_length": settings.get("context_length"), "threads": settings.get("threads")}
+    if settings.get("parallel", 1) > 1:
+        from .decoders.batched import BatchedDecoder, CannotBatch
+
+        try:
+            return BatchedDecoder(folder, slots=settings["parallel"], kv_budget=settings.get("kv_budget"), **shared)
+        except CannotBatch as error:
+            _logger.warning("`parallel` has no effect, requests are answered one by one: %s", error)
+    from .decoders.genai import GenaiDecoder
+
+    return GenaiDecoder(folder, **shared)
 
 
 def load_pipeline(folder: Path, config: Mapping[str, Any]) -> Predictor:
@@ -203,8 +246,10 @@ def load_pipeline(folder: Path, config: Mapping[str, Any]) -> Predictor:
 
     Raises:
         FormatError, WeightsError: this runtime cannot read the model, or a file is missing or damaged.
+        InvalidRequest: a setting is not allowed.
     """
     settings = _check_settings(config)
+    refuse_batching(config)
     manifest.verify(folder)
     import mlflow.transformers
     import torch
@@ -215,12 +260,15 @@ def load_pipeline(folder: Path, config: Mapping[str, Any]) -> Predictor:
         torch.set_num_threads(threads)
     pipeline = mlflow.transformers.load_model(str(folder))
     decoder = PipelineDecoder(pipeline, context_length=settings.get("context_length"))
-    return Predictor(Engine(Tokens.from_folder(folder / "components" / "tokenizer"), decoder), config)
+    return _predictor(Tokens.from_folder(folder / "components" / "tokenizer"), decoder, settings, config)
 
 
-SETTINGS = {
+SETTINGS: dict[str, Range | Bytes] = {
     "context_length": Range("integer", 16),
     "threads": Range("integer", 1, 1024),
+    "parallel": Range("integer", 1, 64),
+    "kv_budget": Bytes(),
+    "queue_limit": Range("integer", 1),
 }
 
 
@@ -245,7 +293,20 @@ def check_config(config: Mapping[str, Any]) -> None:
         elif name not in NAMES:
             known = ", ".join([*SETTINGS, *NAMES])
             raise InvalidRequest(name, f"is not a setting of the model; the settings are {known}")
+    if config.get("kv_budget") is not None and config.get("parallel") in (None, 1):
+        raise InvalidRequest("kv_budget", "is given, and it needs `parallel` above 1; set that too, or leave it out")
     default_options(config)
+
+
+def refuse_batching(config: Mapping[str, Any]) -> None:
+    """Checks that a model_config asks for nothing that only the ONNX builder's models can do.
+
+    Raises:
+        InvalidRequest: it does.
+    """
+    if config.get("parallel") not in (None, 1):
+        problem = f"is {shorten(config['parallel'])}, and a transformers model answers one request at a time"
+        raise InvalidRequest("parallel", f"{problem}; leave it out, or use the ONNX builder")
 
 
 def _check_settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Range:
 
     def check(self, name: str, value: Any) -> int | float:
         """The value as an int or a float; InvalidRequest where it is no such number."""
-        if isinstance(value, Real) and not isinstance(value, bool) and -math.inf < value < math.inf:
+        if _is_real(value) and -math.inf < value < math.inf:
             inside = self.low < value if self.above else self.low <= value
             if inside and value <= self.high:
                 try:
@@ -97,6 +97,10 @@ RANGES = {
     "max_time": Range("number", 0, above=True),
 }
 NAMES = tuple(option.name for option in fields(Options))
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check(name: str, value: Any) -> Any:

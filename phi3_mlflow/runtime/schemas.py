@@ -153,7 +153,9 @@ class _Checker:
             check = next((check for names, check in self.kinds if keyword in names), None)
             if check is None:
                 raise self.error(
-                    at, f"is not supported: an answer cannot be held to `{keyword}`. Supported: {', '.join(ENFORCED)}"
+                    at,
+                    f"is not supported: an answer cannot be held to {shorten(keyword)}. "
+                    f"Supported: {', '.join(ENFORCED)}",
                 )
             reduced[keyword] = check(keyword, value, at)
         self.unique_names(reduced, pointer)

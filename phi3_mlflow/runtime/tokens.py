@@ -7,6 +7,7 @@ Text that a caller wrote is encoded without any control token; those come from t
 import codecs
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -48,6 +49,9 @@ class Tokens:
         parsed = json.loads(tokenizer_json)
         self.tokenizer_json = tokenizer_json
         self._added = {token["content"]: token for token in parsed["added_tokens"]}
+        for token in config.get("added_tokens_decoder", {}).values():  # wins over tokenizer.json, as in transformers
+            if (name := token["content"]) in self._added:
+                self._added[name] = {**self._added[name], "lstrip": token["lstrip"], "rstrip": token["rstrip"]}
         self._added_pattern = re.compile("|".join(re.escape(t) for t in sorted(self._added, key=len, reverse=True)))
         self._bos = _prefix_ids(tokenizer_json, config, self._added)
         self._first, self._inner = _plain_tokenizers(parsed)
@@ -55,7 +59,10 @@ class Tokens:
         self.longest_piece = max(map(len, self._pieces))  # UTF-8 bytes that one token can stand for
         self._template = _ChatTemplate(chat_template or config.get("chat_template"), config)
         self._layout = lru_cache(maxsize=256)(self._split_template)
-        self._layout(("user",))
+        try:
+            self._layout(("user",))
+        except InvalidRequest as error:
+            raise WeightsError(f"the tokenizer's chat template cannot express a user's message: {error}") from error
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokens":
@@ -140,7 +147,12 @@ class Tokens:
         return ids
 
     def _split_template(self, roles: tuple[str, ...]) -> list[int | str | tuple[int]]:
-        rendered = self._template.render([(role, f"\ue000{i}\ue001") for i, role in enumerate(roles)])
+        turns = [(role, f"\ue000{i}\ue001") for i, role in enumerate(roles)]
+        try:
+            rendered = self._template.render(turns)
+        except jinja2.TemplateError as error:
+            wrong = bisect_left(range(len(roles) - 1), True, key=lambda i: self._template.refuses(turns[: i + 1]))
+            raise _inexpressible(roles, wrong, f"; it says: {error}") from error
         parts: list[int | str | tuple[int]] = []
         position = 0
         for match in re.finditer(f"{_PLACEHOLDER.pattern}|{self._added_pattern.pattern}", rendered):
@@ -157,22 +169,17 @@ class Tokens:
         """Every message must appear once, in order, and directly behind its own role's token."""
         by_id = {self._added[f"<|{role}|>"]["id"]: role for role in ROLES if f"<|{role}|>" in self._added}
         opened: list[str] = []
-        filled: list[tuple[str, int]] = []
+        filled: list[tuple[str, int, int]] = []  # role, message, how many were opened until then
         for part in parts:
             if isinstance(part, int) and part in by_id:
                 opened.append(by_id[part])
             elif isinstance(part, tuple):
-                filled.append((opened[-1] if opened else "", part[0]))
-        expected = [(role, index) for index, role in enumerate(roles)]
+                filled.append((opened[-1] if opened else "", part[0], len(opened)))
+        expected = [(role, index, index + 1) for index, role in enumerate(roles)]
         if filled == expected and opened == [*roles, "assistant"]:
             return
         wrong = next((i for i, (a, b) in enumerate(zip(filled, expected, strict=False)) if a != b), len(filled))
-        wrong = min(wrong, len(roles) - 1)
-        raise InvalidRequest(
-            f"messages[{wrong}].role",
-            f"is {roles[wrong]!r}, and this model's chat template cannot express that there "
-            f"(roles in order: {', '.join(roles)}); use user and assistant in turn, beginning and ending with user",
-        )
+        raise _inexpressible(roles, min(wrong, len(roles) - 1))
 
 
 class TextDecoder:
@@ -212,16 +219,32 @@ class _ChatTemplate:
         except jinja2.TemplateError as error:
             raise WeightsError(f"the tokenizer's chat template is not valid: {error}") from error
         self._tokens = {key: _token_text(config[key]) for key in ("bos_token", "eos_token") if config.get(key)}
-        probe = self.render([("user", " \ue000 ")])
-        if " \ue000 " not in probe:
-            raise WeightsError("the tokenizer's chat template changes the text of messages, which is not supported")
+        for roles in (("user",), ("system", "user"), ("user", "assistant", "user")):
+            turns = [(role, f" \ue000{i}aA\n\ue001 ") for i, role in enumerate(roles)]
+            rendered = "" if self.refuses(turns) else self.render(turns)
+            if any(f"\ue000{i}" in rendered and content not in rendered for i, (_, content) in enumerate(turns)):
+                raise WeightsError("the tokenizer's chat template changes the text of messages, which is not supported")
 
     def render(self, messages: Sequence[tuple[str, str]]) -> str:
+        """The prompt's text; jinja2.TemplateError where the template refuses these messages."""
         turns = [{"role": role, "content": content} for role, content in messages]
+        return self._template.render(messages=turns, add_generation_prompt=True, **self._tokens)
+
+    def refuses(self, messages: Sequence[tuple[str, str]]) -> bool:
         try:
-            return self._template.render(messages=turns, add_generation_prompt=True, **self._tokens)
-        except jinja2.TemplateError as error:
-            raise InvalidRequest("messages", f"are refused by this model's chat template: {error}") from error
+            self.render(messages)
+        except jinja2.TemplateError:
+            return True
+        return False
+
+
+def _inexpressible(roles: Sequence[str], wrong: int, reason: str = "") -> InvalidRequest:
+    return InvalidRequest(
+        f"messages[{wrong}].role",
+        f"is {roles[wrong]!r}, and this model's chat template cannot express that there (roles up to it: "
+        f"{', '.join(roles[max(0, wrong - 9) : wrong + 1])}{reason}); use user and assistant in turn, beginning and "
+        "ending with user",
+    )
 
 
 def _raise_template_error(message: str) -> None:

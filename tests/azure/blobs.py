@@ -45,6 +45,16 @@ def certificate(folder: Path) -> tuple[Path, Path]:
     return crt, pem
 
 
+def resolve_locally() -> None:
+    """Keeps the names below localhost on this machine, whatever the resolver makes of them."""
+    resolve = socket.getaddrinfo
+
+    def resolved(host: object, *args: object, **options: object) -> object:
+        return resolve("127.0.0.1" if str(host).endswith(".localhost") else host, *args, **options)
+
+    socket.getaddrinfo = resolved
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,6 +1,5 @@
 """Fixtures: small models, Azurite, the stand-in, and the environment in which unmodified clients find them."""
 
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,68 +8,17 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import mlflow
 import pandas as pd
+from azure_models import CHAT, FLAT, flat_signature, save
 from mlflow.models import ModelSignature
 from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
-from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
-
-WEIGHTS = {"source": "embedded", "revision": "main", "license": "MIT", "sha256": "ab" * 32}
-_FLAT = """
-import mlflow
-
-class Echo(mlflow.pyfunc.PythonModel):
-    def load_context(self, context):
-        self.greeting = "echo"
-
-    def predict(self, context, model_input, params=None):
-        tokens = (params or {}).get("max_tokens")
-        return [f"{self.greeting} {tokens}: {text}" for text in model_input["prompt"]]
-
-mlflow.models.set_model(Echo())
-"""
-_CHAT = """
-import mlflow
-
-class Chat(mlflow.pyfunc.PythonModel):
-    def predict(self, context, model_input, params=None):
-        text = model_input["messages"].iloc[0][-1]["content"]
-        message = {"role": "assistant", "content": "echo " + text}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        return [{"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}]
-
-mlflow.models.set_model(Chat())
-"""
-
-
-def flat_signature(columns: tuple[ColSpec, ...] = (), params: tuple[ParamSpec, ...] = ()) -> ModelSignature:
-    inputs = [ColSpec("string", "prompt"), ColSpec("string", "messages", required=False), *columns]
-    options = [ParamSpec("max_tokens", "long", None), ParamSpec("temperature", "double", None), *params]
-    return ModelSignature(Schema(inputs), Schema([ColSpec("string")]), ParamSchema(options))
-
-
-def save(folder: Path, code: str, signature: ModelSignature | None, **options: object) -> Path:
-    """Saves a small model with a weight file of 3 MB in it."""
-    work = folder.parent / f"{folder.name}-source"
-    work.mkdir(parents=True)
-    (work / "code.py").write_text(code)
-    (work / "weights.bin").write_bytes(bytes(range(256)) * 12_000)
-    task = "llm/v1/chat" if code is _CHAT else "flat"
-    settings = {
-        "pip_requirements": ["mlflow==3.17.2", "pandas==3.1.1"],
-        "metadata": {"task": task, "format": 1, "weights": WEIGHTS},
-        "artifacts": {"weights": str(work / "weights.bin")},
-        **options,
-    }
-    mlflow.pyfunc.save_model(str(folder), python_model=str(work / "code.py"), signature=signature, **settings)
-    return folder
 
 
 @pytest.fixture(scope="session")
 def flat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of the flat task, with pandas 3 among its requirements."""
     folder = tmp_path_factory.mktemp("flat") / "flat-model"
-    return save(folder, _FLAT, flat_signature(), input_example=pd.DataFrame({"prompt": ["hello"]}))
+    return save(folder, FLAT, flat_signature(), input_example=pd.DataFrame({"prompt": ["hello"]}))
 
 
 @pytest.fixture(scope="session")
@@ -78,17 +26,7 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with MLflow's chat signature."""
     folder = tmp_path_factory.mktemp("chat") / "chat-model"
     signature = ModelSignature(CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA)
-    return save(folder, _CHAT, signature, input_example={"messages": [{"role": "user", "content": "hello"}]})
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Keeps the names below localhost on this machine, whatever the resolver makes of them."""
-    resolve = socket.getaddrinfo
-
-    def resolved(host: object, *args: object, **options: object) -> object:
-        return resolve("127.0.0.1" if str(host).endswith(".localhost") else host, *args, **options)
-
-    socket.getaddrinfo = resolved
+    return save(folder, CHAT, signature, input_example={"messages": [{"role": "user", "content": "hello"}]})
 
 
 @pytest.fixture(scope="session")
@@ -96,6 +34,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     pytest.importorskip("azure.ai.ml", reason='needs pip install "phi3-mlflow[azure]"')
     import blobs
 
+    blobs.resolve_locally()
     return blobs.certificate(tmp_path_factory.mktemp("certificate"))
 
 
@@ -133,7 +72,7 @@ def cloud(certificate: tuple[Path, Path], line: object) -> Iterator[object]:
             standin.GROUP,
             standin.WORKSPACE,
             cloud="StubCloud",
-            cloud_metadata=service.endpoints(),
+            cloud_metadata=service.metadata(),
             enable_telemetry=False,
         )
         yield service

@@ -66,6 +66,7 @@ class StandIn:
     def __init__(self, certificate: tuple[Path, Path], storage_port: int):
         self.storage = f"localhost:{storage_port}"
         self._container: Any = None
+        self._folder = tempfile.TemporaryDirectory(prefix="standin-")
         self.reset()
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(*map(str, certificate))
@@ -78,6 +79,7 @@ class StandIn:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+        self._folder.cleanup()
 
     def reset(self) -> None:
         self.models: dict[str, dict[str, dict[str, Any]]] = {}
@@ -144,7 +146,7 @@ class StandIn:
             return 200, {"id": PATH, "name": WORKSPACE, "location": "westeurope", "properties": {}}, {}
         return getattr(self, f"_{parts[0].lower()}")(method, parts[1:], query, body)
 
-    def endpoints(self) -> dict[str, str]:
+    def metadata(self) -> dict[str, str]:
         """The cloud metadata that points azure-ai-ml here."""
         return {
             "azure_portal": self.url,
@@ -296,7 +298,7 @@ class StandIn:
         return None, "ready"
 
     def _download(self, prefix: str) -> Path:
-        folder = Path(tempfile.mkdtemp(prefix="standin-"))
+        folder = Path(tempfile.mkdtemp(dir=self._folder.name))
         container = self.container()
         for blob in container.list_blobs(name_starts_with=prefix + "/"):
             path = folder / blob.name.removeprefix(prefix + "/")

@@ -11,8 +11,8 @@ import mlflow
 import pandas as pd
 import pytest
 import yaml
+from azure_models import FLAT, flat_signature, save
 from click.testing import CliRunner
-from conftest import _FLAT, flat_signature, save
 from mlflow.models import ModelSignature
 from mlflow.types.schema import AnyType, Array, ColSpec, DataType, Map, Object, ParamSpec, Property, Schema
 from no_code import LoadFailed, NoCodeImage
@@ -49,7 +49,7 @@ def copied(folder: Path, tmp_path: Path, name: str = "copy") -> Path:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_verdict_on_the_staged_copy_is_what_the_no_code_image_does_with_it(rule, tmp_path):
-    folder = save(tmp_path / "variant", _FLAT, **RULES[rule])
+    folder = save(tmp_path / "variant", FLAT, **RULES[rule])
     staged = stage(read(folder), tmp_path)
     if "ncd" in check.passing(check.check(staged)):
         assert NoCodeImage(staged.folder).score({"input_data": {"columns": ["prompt"], "index": [0], "data": [["a"]]}})
@@ -81,7 +81,7 @@ def test_what_log_with_target_azure_needs_is_there_as_data(tmp_path):
     lines = environment.adapted(["mlflow==3.17.2", "pandas==3.1.1"])
     assert lines == ["mlflow==3.17.2", "pandas<3", "azureml-ai-monitoring"]
     assert set(check.AZURE_REQUIREMENTS) <= set(lines)
-    folder = save(tmp_path / "model", _FLAT, flat_signature(), pip_requirements=lines)
+    folder = save(tmp_path / "model", FLAT, flat_signature(), pip_requirements=lines)
     assert check.passing(check.check(read(folder))) == ("ncd", "container")
     assert NoCodeImage(folder)
 
@@ -96,13 +96,13 @@ def test_a_model_without_pyfunc_loads_nowhere(flat_model, tmp_path):
 
 def test_a_parameter_that_is_no_single_value_fails(tmp_path):
     listed = ParamSpec("stop", "string", ["a"], shape=(-1,))
-    folder = save(tmp_path / "model", _FLAT, flat_signature(params=(listed,)))
+    folder = save(tmp_path / "model", FLAT, flat_signature(params=(listed,)))
     assert by_rule(folder)["parameters"].status == "failed"
     assert "stop" in by_rule(folder)["parameters"].found
 
 
 def test_a_model_without_a_signature_fails_for_the_no_code_image(tmp_path):
-    folder = save(tmp_path / "model", _FLAT, None)
+    folder = save(tmp_path / "model", FLAT, None)
     assert by_rule(folder)["input columns"].status == "failed"
 
 

@@ -16,12 +16,14 @@ class Decoder(Protocol):
     Attributes:
         slots: how many sequences can be kept at once, numbered from 0.
         context_length: the most tokens one sequence can hold.
+        capacity: the most tokens all sequences can hold together, at least `context_length`.
         chunk: how many tokens the scheduler prefills between two looks at everything else.
         eos: the ids that end an answer, as the weights' own configuration names them.
     """
 
     slots: int
     context_length: int
+    capacity: int
     chunk: int
     eos: frozenset[int]
 
@@ -50,6 +52,9 @@ class Decoder(Protocol):
 
     def rewind(self, slot: int, length: int) -> None:
         """Forgets all but the first `length` tokens of a slot's sequence. What follows equals a fresh run."""
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Makes a slot's sequence the first `length` tokens of another's. Not called where `slots` is 1."""
 
     def close(self) -> None:
         """Frees what the decoder holds. No call follows."""

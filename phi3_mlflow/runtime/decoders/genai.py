@@ -45,6 +45,7 @@ class GenaiDecoder:
         eos = model["eos_token_id"]
         self.eos = frozenset(eos if isinstance(eos, list) else [eos])
         self.context_length = min(context_length or model["context_length"], model["context_length"])
+        self.capacity = self.context_length
         self._generator: og.Generator | None = None
 
     def prefill(self, slot: int, ids: Sequence[int], *, last: bool) -> np.ndarray | None:
@@ -66,6 +67,10 @@ class GenaiDecoder:
         """See Decoder."""
         if self._generator is not None:
             self._generator.rewind_to(length)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """See Decoder."""
+        raise NotImplementedError("there is one slot")
 
     def close(self) -> None:
         """See Decoder."""

@@ -31,6 +31,7 @@ class PipelineDecoder:
         self._model = pipeline.model.eval()
         own = self._model.config.max_position_embeddings
         self.context_length = min(context_length or own, own)
+        self.capacity = self.context_length
         eos = self._model.generation_config.eos_token_id or self._model.config.eos_token_id
         self.eos = frozenset(eos if isinstance(eos, list) else [eos])
         self._cache = self._new_cache()
@@ -51,6 +52,10 @@ class PipelineDecoder:
             self._cache = self._new_cache()
         elif surplus > 0:
             self._cache.crop(-surplus)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """See Decoder."""
+        raise NotImplementedError("there is one slot")
 
     def close(self) -> None:
         """See Decoder."""

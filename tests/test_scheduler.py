@@ -1,0 +1,515 @@
+"""Run with: python -m pytest tests/test_scheduler.py"""
+
+import queue
+import random
+import threading
+from functools import partial
+
+import pytest
+from fakes import EOS, TOKENS, VOCAB_SIZE, FakeDecoder, spell
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phi3_mlflow.runtime.errors import Busy
+from phi3_mlflow.runtime.generation import Generation
+from phi3_mlflow.runtime.options import Options
+from phi3_mlflow.runtime.scheduler import Job, Scheduler
+from phi3_mlflow.runtime.stops import Stops
+
+PATIENCE = 120  # seconds; only a broken scheduler takes as long
+PLAIN = {"repetition": False, "self_talk": False}
+LETTERS = spell("abcdefghijklmnopqrstuvwxyz")[1:]
+
+
+def generation(prompt, max_tokens=6, seed=None, kind=Generation):
+    return kind(
+        prompt,
+        Options(temperature=0.0 if seed is None else 1.0, seed=seed),
+        max_tokens=max_tokens,
+        limit="max_tokens",
+        vocab_size=VOCAB_SIZE,
+        eos=EOS,
+        text=TOKENS.decoder(strip=False),
+        stops=Stops(**PLAIN),
+    )
+
+
+class Ask:
+    """A job and what it was delivered."""
+
+    def __init__(self, prompt, max_tokens=6, seed=None, kind=Generation):
+        self.events = queue.SimpleQueue()
+        self.job = Job(generation(prompt, max_tokens, seed, kind), self.events.put)
+
+    def result(self):
+        """(text, reason, sampled) of the answer, or the exception that ended it. Nothing may come after the end."""
+        text = ""
+        while True:
+            event = self.events.get(timeout=PATIENCE)
+            if isinstance(event, Exception):
+                return event
+            text += event.text
+            if event.reason is not None:
+                return text, event.reason, self.job.generation.sampled
+
+
+def alone(prompt, max_tokens=6, seed=None, **values):
+    """The answer of a fresh decoder, without a scheduler."""
+    decoder, answer, text = FakeDecoder(**values), generation(prompt, max_tokens, seed), ""
+    for start in range(0, len(prompt), decoder.chunk):
+        logits = decoder.prefill(0, prompt[start : start + decoder.chunk], last=start + decoder.chunk >= len(prompt))
+    while True:
+        step = answer.accept(logits)
+        text += step.text
+        if step.reason is not None:
+            return text, step.reason, answer.sampled
+        logits = decoder.decode({0: step.token})[0]
+
+
+class Gate:
+    """Stops the decoder at its next call until the test lets it go on."""
+
+    def __init__(self):
+        self.reached, self.open = threading.Event(), threading.Event()
+
+    def __call__(self, name, slot, ids):
+        self.reached.set()
+        assert self.open.wait(PATIENCE)
+
+
+@pytest.fixture
+def start():
+    """Starts schedulers, and closes them after the test."""
+    started = []
+
+    def begin(decoder):
+        started.append(Scheduler(decoder))
+        return started[-1]
+
+    yield begin
+    for scheduler in started:
+        scheduler.close()
+
+
+def ask(scheduler, *arguments, **values):
+    asked = Ask(*arguments, **values)
+    scheduler.submit(asked.job)
+    return asked
+
+
+def idle(scheduler):
+    return [slot.job for slot in scheduler._slots] == [None] * len(scheduler._slots) and not scheduler._waiting
+
+
+def test_an_answer_is_what_the_decoder_gives_alone(start):
+    scheduler = start(FakeDecoder())
+    for prompt in ([5], LETTERS[:4], LETTERS[:9], LETTERS):
+        assert ask(scheduler, prompt).result() == alone(prompt)
+        assert ask(scheduler, prompt, seed=3).result() == alone(prompt, seed=3)
+
+
+def test_prompts_are_prefilled_in_chunks_and_tokens_decoded_one_by_one(start):
+    decoder = FakeDecoder(lambda prompt: spell("hello world"))
+    assert ask(start(decoder), LETTERS[:10]).result()[1:] == ("eos", 3)
+    hello, world = spell("hello world")
+    assert decoder.calls == [
+        ("rewind", 0, [0]),
+        ("prefill", 0, LETTERS[:4]),
+        ("prefill", 0, LETTERS[4:8]),
+        ("prefill", 0, LETTERS[8:10]),
+        ("decode", None, [hello]),
+        ("decode", None, [world]),
+    ]
+
+
+def test_whole_chunks_of_an_earlier_prompt_are_used_again_and_nothing_else(start):
+    decoder = FakeDecoder()
+    scheduler = start(decoder)
+
+    def prefilled(prompt):
+        decoder.calls.clear()
+        assert ask(scheduler, prompt).result() == alone(prompt)
+        return [len(ids) for name, _, ids in decoder.calls if name == "prefill"]
+
+    first = LETTERS[:10]
+    assert prefilled(first) == [4, 4, 2]
+    assert prefilled(first) == [2]
+    assert prefilled(first[:8]) == [4]  # at least one token has to be prefilled
+    assert prefilled(first) == [4, 2][1:]
+    assert prefilled([*first, *LETTERS[20:25]]) == [4, 3]
+    assert prefilled([*first[:9], *LETTERS[20:25]]) == [4, 2]
+    assert prefilled([*first[:5], 7, 7, 7]) == [4]
+    assert prefilled([7, *first]) == [4, 4, 3]
+
+
+def test_tokens_that_decoding_wrote_are_not_used_again(start):
+    decoder = FakeDecoder(lambda prompt: LETTERS[10:16])
+    scheduler = start(decoder)
+    ask(scheduler, LETTERS[:8], 20).result()
+    decoder.calls.clear()
+    ask(scheduler, LETTERS[:20]).result()
+    assert decoder.calls[0] == ("rewind", 0, [8])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    slots=st.integers(1, 3),
+    chunk=st.integers(1, 5),
+    prompts=st.lists(st.lists(st.sampled_from(LETTERS[:2]), min_size=1, max_size=14), min_size=2, max_size=8),
+)
+def test_reuse_never_changes_an_answer(slots, chunk, prompts):
+    scheduler = Scheduler(FakeDecoder(slots=slots, chunk=chunk))
+    try:
+        asked = [ask(scheduler, prompt) for prompt in prompts]
+        for prompt, asked_one in zip(prompts, asked, strict=True):
+            assert asked_one.result() == alone(prompt, chunk=chunk)
+    finally:
+        scheduler.close()
+
+
+def test_a_job_takes_the_free_slot_that_shares_the_most(start):
+    decoder = FakeDecoder(slots=2, on_call=(gate := Gate()))
+    scheduler = start(decoder)
+    first, second = LETTERS[:9], LETTERS[9:18]
+    both = [ask(scheduler, first), ask(scheduler, second)]
+    gate.open.set()
+    assert [asked.result() for asked in both] == [alone(first), alone(second)]
+    for prompt in (second, first, second):
+        slot = [first, second].index(prompt)
+        decoder.calls.clear()
+        ask(scheduler, prompt).result()
+        assert decoder.calls[0] == ("rewind", slot, [8])
+
+
+def test_waiting_jobs_start_in_the_order_in_which_they_came(start):
+    decoder = FakeDecoder(on_call=(gate := Gate()))
+    scheduler = start(decoder)
+    asked = [ask(scheduler, [token, token]) for token in LETTERS[:6]]
+    gate.open.set()
+    for one in asked:
+        one.result()
+    assert [ids[0] for name, _, ids in decoder.calls if name == "prefill"] == LETTERS[:6]
+
+
+def test_a_long_prompt_does_not_stop_the_others(start):
+    decoder = FakeDecoder(lambda prompt: LETTERS[:5], slots=2, on_call=(gate := Gate()))
+    scheduler = start(decoder)
+    short, long = ask(scheduler, [5, 6], 20), ask(scheduler, LETTERS, 20)
+    gate.open.set()
+    assert short.result()[1] == long.result()[1] == "eos"
+    names = [(name, slot) for name, slot, _ in decoder.calls if name != "rewind"]
+    # A token for the short one between two chunks of the long one.
+    assert names[:7] == [("prefill", 0), ("decode", None), *[("prefill", 1), ("decode", None)] * 2, ("prefill", 1)]
+
+
+def test_prompts_are_prefilled_in_the_order_in_which_they_came_whatever_their_slot(start):
+    decoder = FakeDecoder(lambda prompt: [], slots=2, on_call=(gate := Gate()))
+    scheduler = start(decoder)
+    asked = [ask(scheduler, [5]), ask(scheduler, LETTERS[:12]), ask(scheduler, LETTERS[12:24])]
+    gate.open.set()
+    for one in asked:
+        one.result()
+    # The third job gets the first one's slot while the second is still being prefilled.
+    assert decoder.prefilled() == [0, 1, 1, 1, 0, 0, 0]
+
+
+def test_several_slots_decode_in_one_step(start):
+    decoder = FakeDecoder(slots=3, on_call=(gate := Gate()))
+    scheduler = start(decoder)
+    prompts = [LETTERS[at : at + 4] for at in (0, 4, 8)]
+    asked = [ask(scheduler, prompt, 8) for prompt in prompts]
+    gate.open.set()
+    assert [one.result() for one in asked] == [alone(prompt, 8) for prompt in prompts]
+    assert max(len(ids) for name, _, ids in decoder.calls if name == "decode") == 3
+
+
+def stops_in(phase, change):
+    """A decoder that does `change` to the job during the given phase; jobs then end with their next look."""
+    asked = []
+
+    def on_call(name, slot, ids):
+        if asked and name == phase:
+            change(asked[0].job)
+
+    return FakeDecoder(lambda prompt: LETTERS, on_call=on_call), asked
+
+
+def expire(job):
+    job.deadline = 0.0
+
+
+ENDINGS = [("cancelled", Job.cancel), ("max_time", expire)]
+
+
+@pytest.mark.parametrize(("reason", "change"), ENDINGS)
+@pytest.mark.parametrize("phase", ["rewind", "prefill", "decode"])
+def test_a_job_ends_within_one_step_in_every_phase(start, phase, reason, change):
+    decoder, asked = stops_in(phase, change)
+    scheduler = start(decoder)
+    asked.append(one := Ask(LETTERS[:12], 20))
+    scheduler.submit(one.job)
+    text, why, sampled = one.result()
+    assert why == reason
+    assert decoder.count("prefill") == {"rewind": 0, "prefill": 1, "decode": 3}[phase]
+    assert decoder.count("decode") == (1 if phase == "decode" else 0)
+    # What was sampled until then is shown and counted.
+    assert (text, sampled) == {"rewind": ("", 0), "prefill": ("", 0), "decode": ("ab", 2)}[phase]
+    asked.clear()
+    assert ask(scheduler, [5], 3).result() == ("abc", "max_tokens", 3)
+    assert idle(scheduler)
+
+
+@pytest.mark.parametrize(("reason", "change"), ENDINGS)
+def test_a_job_that_waits_for_a_slot_can_end(start, reason, change):
+    decoder = FakeDecoder(lambda prompt: LETTERS, on_call=(gate := Gate()))
+    scheduler = start(decoder)
+    running, waiting, last = ask(scheduler, [5], 3), ask(scheduler, [6], 3), ask(scheduler, [7], 3)
+    assert gate.reached.wait(PATIENCE)
+    change(waiting.job)
+    gate.open.set()
+    assert running.result() == last.result() == ("abc", "max_tokens", 3)
+    assert waiting.result() == ("", reason, 0)
+    assert [6] not in [ids for _, _, ids in decoder.calls]
+
+
+def test_a_deadline_that_is_not_reached_changes_nothing(start):
+    scheduler = start(FakeDecoder())
+    one = Ask(LETTERS)
+    one.job.deadline = float("inf")
+    scheduler.submit(one.job)
+    assert one.result() == alone(LETTERS)
+
+
+def test_cancelling_an_ended_job_is_harmless(start):
+    scheduler = start(FakeDecoder())
+    one = ask(scheduler, LETTERS)
+    assert one.result() == alone(LETTERS)
+    one.job.cancel()
+    assert ask(scheduler, LETTERS).result() == alone(LETTERS)
+    assert one.events.empty()
+
+
+class Failure(Exception):
+    pass
+
+
+@pytest.mark.parametrize("phase", ["rewind", "prefill", "decode"])
+def test_a_decoder_that_fails_ends_the_running_answers_and_the_next_ones_are_right(start, phase, caplog):
+    failing = [True]
+
+    def on_call(name, slot, ids):
+        if name == phase and failing:
+            failing.clear()
+            raise Failure("out of memory")
+
+    scheduler = start(FakeDecoder(on_call=on_call))
+    assert isinstance(ask(scheduler, LETTERS[:10]).result(), Failure)
+    # What the failed call may have left in the decoder does not reach the next answer.
+    for prompt in (LETTERS[:10], LETTERS[:11]):
+        assert ask(scheduler, prompt).result() == alone(prompt)
+    assert "the decoder failed" in caplog.text
+
+
+def test_a_decoder_that_fails_with_several_slots_ends_them_all_and_the_waiting_job_runs(start):
+    failing = [True]
+
+    def on_call(name, slot, ids):
+        gate(name, slot, ids)
+        if name == "decode" and len(ids) == 2 and failing:
+            failing.clear()
+            raise Failure
+
+    gate = Gate()
+    scheduler = start(FakeDecoder(slots=2, on_call=on_call))
+    asked = [ask(scheduler, LETTERS[at : at + 3], 9) for at in (0, 3, 6)]
+    gate.open.set()
+    assert [type(asked[0].result()), type(asked[1].result())] == [Failure, Failure]
+    assert asked[2].result() == alone(LETTERS[6:9], 9)
+
+
+class Broken(Generation):
+    def accept(self, logits):
+        raise Failure
+
+    def end(self, reason):
+        raise Failure
+
+
+def test_an_answer_that_fails_ends_alone(start):
+    scheduler = start(FakeDecoder(slots=2, on_call=(gate := Gate())))
+    good, bad, other = ask(scheduler, LETTERS[:5]), ask(scheduler, [5], kind=Broken), ask(scheduler, LETTERS[5:9])
+    gate.open.set()
+    assert isinstance(bad.result(), Failure)
+    assert [good.result(), other.result()] == [alone(LETTERS[:5]), alone(LETTERS[5:9])]
+    bad = Ask([5], kind=Broken)
+    bad.job.cancel()
+    scheduler.submit(bad.job)
+    assert isinstance(bad.result(), Failure)
+    assert ask(scheduler, [5]).result() == alone([5])
+
+
+def test_close_ends_running_and_waiting_jobs_the_thread_and_the_decoder():
+    decoder = FakeDecoder(on_call=(gate := Gate()))
+    scheduler = Scheduler(decoder)
+    asked = [ask(scheduler, LETTERS, 30) for _ in range(3)]
+    assert gate.reached.wait(PATIENCE)
+    closer = threading.Thread(target=scheduler.close)
+    closer.start()
+    gate.open.set()
+    closer.join(PATIENCE)
+    results = [one.result() for one in asked]
+    # The gate may let the first one's few steps through before the close is seen.
+    assert all(isinstance(result, RuntimeError) for result in results[1:])
+    assert isinstance(results[0], RuntimeError) or results[0] == alone(LETTERS, 30)
+    assert decoder.closed
+    assert not scheduler._thread.is_alive()
+    scheduler.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        scheduler.submit(Ask([5]).job)
+
+
+def test_close_may_be_called_in_the_schedulers_own_thread():
+    ended = threading.Event()
+    decoder = FakeDecoder()
+    scheduler = Scheduler(decoder)
+
+    def deliver(event):
+        scheduler.close()
+        ended.set()
+
+    scheduler.submit(Job(generation([5]), deliver))
+    assert ended.wait(PATIENCE)
+    scheduler._thread.join(PATIENCE)
+    assert decoder.closed
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_ten_thousand_cancelled_jobs_leak_no_slot(start, slots):
+    rng = random.Random(slots)
+    by_call = {}
+
+    def on_call(name, slot, ids):
+        while victims and rng.random() < 0.7:
+            victims.pop().cancel()
+
+    victims = []
+    decoder = FakeDecoder(lambda prompt: LETTERS, slots=slots, chunk=2, on_call=on_call)
+    scheduler = start(decoder)
+    asked = []
+    for _ in range(5000):
+        one = Ask(rng.choices(LETTERS, k=rng.randint(1, 5)), 4)
+        moment = rng.choice(["before", "after", "during"])
+        if moment == "before":
+            one.job.cancel()
+        if moment == "during":
+            victims.append(one.job)
+        scheduler.submit(one.job)
+        if moment == "after":
+            one.job.cancel()
+        asked.append(one)
+    for one in asked:
+        _, reason, sampled = one.result()
+        assert reason in ("cancelled", "max_tokens")
+        assert sampled <= 4
+        by_call[reason] = by_call.get(reason, 0) + 1
+    assert ask(scheduler, [5], 3).result() == ("abc", "max_tokens", 3)
+    assert by_call["cancelled"] > 1000
+    assert idle(scheduler)
+    assert all(one.events.empty() for one in asked)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_each_of_many_threads_gets_its_own_answer(start, slots):
+    scheduler = start(FakeDecoder(lambda prompt: list(reversed(prompt)), slots=slots))
+    failures = []
+
+    def client(number):
+        rng = random.Random(number)
+        for _ in range(15):
+            prompt = rng.choices(LETTERS, k=rng.randint(1, 8))
+            result = ask(scheduler, prompt, 20).result()
+            if result != (TOKENS.decode(reversed(prompt), strip=False), "eos", len(prompt) + 1):
+                failures.append((prompt, result))
+
+    threads = [threading.Thread(target=partial(client, number)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert not any(thread.is_alive() for thread in threads)
+    assert failures == []
+    assert idle(scheduler)
+
+
+def test_jobs_wait_until_the_decoder_has_room_for_all_that_they_may_need(start):
+    running = []
+
+    def on_call(name, slot, ids):
+        gate(name, slot, ids)
+        if name == "decode":
+            running.append(len(ids))
+
+    gate = Gate()
+    # Each may need 8 + 6 - 1 tokens: two fit, in three slots.
+    scheduler = start(FakeDecoder(slots=3, capacity=38, context_length=30, on_call=on_call))
+    asked = [ask(scheduler, LETTERS[at : at + 8]) for at in (0, 8, 16)]
+    gate.open.set()
+    assert [one.result() for one in asked] == [alone(LETTERS[at : at + 8]) for at in (0, 8, 16)]
+    assert max(running) == 2
+
+
+def test_idle_slots_keep_their_tokens_until_the_room_is_needed(start):
+    decoder = FakeDecoder(lambda prompt: [], slots=3, capacity=40, context_length=40)
+    scheduler = start(decoder)
+    prompts = [LETTERS[at : at + 8] for at in (0, 8, 16)]
+    for prompt in prompts:
+        ask(scheduler, prompt, 5).result()
+    decoder.calls.clear()
+    ask(scheduler, [*prompts[1], 5], 5).result()
+    assert decoder.prefilled() == [1]  # all three had stayed
+    decoder.calls.clear()
+    ask(scheduler, [*prompts[2], 5], 20).result()
+    # 28 tokens may be needed: of the other two the one that was used longest ago had to go.
+    assert [call for call in decoder.calls if call[0] == "rewind"] == [("rewind", 2, [8]), ("rewind", 0, [0])]
+
+
+def test_a_prefix_is_copied_from_a_slot_in_use(start):
+    decoder = FakeDecoder(slots=2, on_call=(gate := Gate()))
+    scheduler = start(decoder)
+    first, second = LETTERS[:10], [*LETTERS[:9], *LETTERS[20:24]]
+    asked = [ask(scheduler, first, 20), ask(scheduler, second)]
+    gate.open.set()
+    assert [one.result() for one in asked] == [alone(first, 20), alone(second)]
+    assert ("copy", 1, [0, 8]) in decoder.calls
+    assert [one.job.reused for one in asked] == [0, 8]
+
+
+def test_a_prefix_is_copied_where_the_slot_would_lose_what_comes_after_it(start):
+    decoder = FakeDecoder(lambda prompt: [], slots=2)
+    scheduler = start(decoder)
+    ask(scheduler, LETTERS[:16]).result()
+    ask(scheduler, [*LETTERS[:8], 7, 7]).result()
+    decoder.calls.clear()
+    ask(scheduler, LETTERS[:17]).result()
+    assert decoder.prefilled() == [0]  # the first prompt was left whole
+    assert decoder.calls[0] == ("rewind", 0, [16])
+
+
+def test_the_queue_takes_as_many_requests_as_it_may(start):
+    scheduler = Scheduler(FakeDecoder(on_call=(gate := Gate())), queue_limit=2)
+    try:
+        first = ask(scheduler, [5])
+        assert gate.reached.wait(PATIENCE)
+        several = [Ask([6]), Ask([7]), Ask([8])]
+        scheduler.submit(*(one.job for one in several))
+        last = ask(scheduler, [9])
+        refused = Ask([10])
+        with pytest.raises(Busy, match=r"2 requests are waiting; try again in \d+ second"):
+            scheduler.submit(refused.job)
+        gate.open.set()
+        assert [one.result() for one in (first, *several, last)] == [alone([token]) for token in (5, 6, 7, 8, 9)]
+        scheduler.submit(refused.job)
+        assert refused.result() == alone([10])
+    finally:
+        gate.open.set()
+        scheduler.close()
