@@ -61,16 +61,16 @@ def print_next_steps(model_uri: str) -> None:
     store = os.environ["MLFLOW_TRACKING_URI"]
     print(
         f"""
-Go on with (in this folder):
+Go on with:
 
   source .venv/bin/activate
   export MLFLOW_TRACKING_URI={store}
 
-  phi3-mlflow chat {model_uri}                      # talk to it
+  phi3-mlflow chat {model_uri}
   mlflow models serve -m {model_uri} -p 5000 --env-manager local
   curl -s http://127.0.0.1:5000/invocations -H 'Content-Type: application/json' \\
        -d '{{"messages": [{{"role": "user", "content": "{QUESTION}"}}]}}'
-  mlflow ui -p 5001                                 # the logged models
+  mlflow ui -p 5001
 """
     )
 

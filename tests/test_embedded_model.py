@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from phi3_mlflow.quantize import export
-
 torch = pytest.importorskip("torch", reason="the safetensors form runs on torch")
 transformers = pytest.importorskip("transformers", reason="the reference is transformers")
 pytest.importorskip("onnx_ir", reason="the fp32 form is exported")
@@ -42,11 +40,6 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="module")
 def model() -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(PLAIN, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def fp32_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(PLAIN, tmp_path_factory.mktemp("fp32") / "onnx", precision="fp32")
 
 
 def chat_ids(tokenizer: Tokenizer, length: int) -> list[int]:
@@ -126,11 +119,11 @@ def test_the_capital_of_spain_with_and_without_a_system_message(form: str) -> No
 
 @pytest.mark.parametrize("length", [12, 2047, 2048, 2500])
 def test_the_fp32_export_equals_transformers_below_and_above_the_sliding_window(
-    length: int, tokenizer: Tokenizer, model: Any, fp32_folder: Path
+    length: int, tokenizer: Tokenizer, model: Any, fp32_onnx: Path
 ) -> None:
     prompt = chat_ids(tokenizer, length)
     steps = 16 if length < 2000 else 4
-    tokens, logits = onnx_logits(fp32_folder, prompt, steps)
+    tokens, logits = onnx_logits(fp32_onnx, prompt, steps)
     wanted_tokens, wanted_logits = torch_logits(model, prompt, steps)
     assert tokens == wanted_tokens
     np.testing.assert_allclose(logits, wanted_logits, atol=1e-3)
