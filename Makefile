@@ -2,13 +2,15 @@
 # make setup  the environment with all extras, in .venv
 # make test   the tests
 # make lint   ruff and mypy
+# make bench  the engine against a bare loop, at full size with random weights (about 10 minutes, on a quiet machine)
+# make soak   30 minutes of random requests
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 EXTRAS := azure,dev,notebooks,quantize,spark,transformers,ui
 
-.PHONY: demo setup test lint clean
+.PHONY: demo setup test lint bench soak clean
 
 # The demo needs less than the tests do, and is somebody's first impression: it installs just that.
 demo: .venv/.core
@@ -24,8 +26,15 @@ lint: .venv/.all
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: .venv/.all
+	$(BIN)/python benchmarks/full_size.py
+	$(BIN)/python benchmarks/engine.py
+
+soak: .venv/.all
+	$(BIN)/python benchmarks/soak.py --minutes 30
+
 clean:
-	rm -rf .venv .azurite .demo
+	rm -rf .venv .azurite .bench .demo
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

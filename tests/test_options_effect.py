@@ -160,7 +160,7 @@ def test_a_stop_sequence_is_never_streamed_and_taken_back(loaded, builder):
 
     pieces = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
     assert "".join(pieces) == whole[: whole.index(stop)]
-    assert chunks[-1]["custom_outputs"] == {"stop_reason": ["stop_sequence"]}
+    assert chunks[-1]["custom_outputs"]["stop_reason"] == ["stop_sequence"]
 
 
 @builders
