@@ -39,8 +39,15 @@ clean:
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
+# On Linux the package index's torch brings gigabytes of CUDA; PyTorch's own index has a build for CPUs.
+TORCH := torch==2.13.0
+ifeq ($(shell uname -s),Linux)
+TORCH += --retries 0 --timeout 20 --index-url https://download.pytorch.org/whl/cpu
+endif
+
 .venv/.core: .venv/bin/python pyproject.toml constraints.txt
-	@echo "Installing into .venv (this takes some minutes the first time) ..."
+	@echo "Installing into .venv (2 GB; some minutes the first time) ..."
+	$(PIP) $(TORCH) || $(PIP) torch==2.13.0
 	$(PIP) --editable '.[transformers]'
 	@touch $@
 

@@ -10,6 +10,7 @@ import click
 
 import phi3_mlflow
 from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error
+from phi3_mlflow.runtime.options import check
 
 
 class _Group(click.Group):
@@ -26,16 +27,22 @@ class _Group(click.Group):
         return super().get_command(context, name)
 
     def invoke(self, context: click.Context) -> Any:
-        from mlflow.exceptions import MlflowException
-
         try:
             return super().invoke(context)
         except InvalidRequest as error:
             raise click.UsageError(str(error)) from error
-        except Phi3Error as error:
+        except (Phi3Error, OSError) as error:
             raise click.ClickException(str(error)) from error
-        except MlflowException as error:
-            raise click.ClickException(error.message) from error
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            # MLflow and its database; imported here, so that --help is quick.
+            from mlflow.exceptions import MlflowException
+            from sqlalchemy.exc import SQLAlchemyError
+
+            if isinstance(error, (MlflowException, SQLAlchemyError)):
+                raise click.ClickException(str(error).splitlines()[0]) from error
+            raise
 
 
 def main() -> None:
@@ -61,10 +68,12 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("weights")
-@click.option("--form", type=click.Choice(["transformers", "onnx"]), help="Default: onnx where the name ends so.")
+@click.option(
+    "--form", type=click.Choice(["transformers", "onnx"]), help="Default: onnx for ONNX repositories and folders."
+)
 @click.option("--revision", help="A branch, tag or commit. Default: the pinned commit.")
 def pull(weights: str, form: str | None, revision: str | None) -> None:
-    """Download weights from the Hugging Face hub and print their folder.
+    """Download weights, print their folder.
 
     \b
     Example:
@@ -72,7 +81,7 @@ def pull(weights: str, form: str | None, revision: str | None) -> None:
     """
     from phi3_mlflow.weights import resolve
 
-    onnx = form == "onnx" or (form is None and "-onnx" in weights)
+    onnx = form == "onnx" or (form is None and ("-onnx" in weights or Path(weights, "genai_config.json").exists()))
     click.echo(resolve(weights, "onnx" if onnx else "transformers", revision=revision).folder)
 
 
@@ -83,7 +92,7 @@ def pull(weights: str, form: str | None, revision: str | None) -> None:
 @click.option("--block-size", type=int, default=32, show_default=True, help="Weights that share a scale.")
 @click.option("--accuracy-level", type=int, default=4, show_default=True, help="4 is fast, 1 is exact.")
 def quantize(source: Path, destination: Path, precision: str, block_size: int, accuracy_level: int) -> None:
-    """Turn a Hugging Face folder into an ONNX folder for the CPU.
+    """Turn a Hugging Face folder into int4 ONNX.
 
     \b
     Example:
@@ -104,7 +113,7 @@ def quantize(source: Path, destination: Path, precision: str, block_size: int, a
 
 @cli.group()
 def log() -> None:
-    """Log a model to MLflow, and register it with --register; prints its URI."""
+    """Log (and register) a model, print its URI."""
 
 
 def _log_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -174,6 +183,7 @@ def _print_logged(results: list[dict[str, Any]], as_json: bool) -> None:
         click.echo(result["model_uri"])
         if "registered" in result:
             click.echo(f"Registered as {result['registered']}", err=True)
+        click.echo(f"Logged to {result['tracking_uri']}", err=True)
         click.echo(f"Serve it:  mlflow models serve -m {result['model_uri']} -p 5000 --env-manager local", err=True)
 
 
@@ -228,7 +238,7 @@ def log_both(transformers_weights: str, onnx_weights: str, as_json: bool, **opti
 @click.option("-o", "--option", multiple=True, metavar="NAME=VALUE", help="Such as temperature=0.7. Repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="With -p: print the whole completion object.")
 def chat(model: str | None, prompt: str | None, system: str | None, option: tuple[str, ...], as_json: bool) -> None:
-    """Talk to a logged model; without MODEL, to the embedded one.
+    """Talk to a logged model, or the embedded one.
 
     MODEL is any model URI of MLflow: models:/NAME@alias, models:/m-..., runs:/..., or a folder.
 
@@ -239,9 +249,13 @@ def chat(model: str | None, prompt: str | None, system: str | None, option: tupl
     """
     from phi3_mlflow import terminal
 
-    options = _parse_config(option)
+    options = {name: check(name, value) for name, value in _parse_config(option).items()}
     if as_json and prompt is None:
         raise click.UsageError("--json needs -p")
+    if prompt is not None and not prompt:
+        raise click.UsageError("the prompt is empty")
+    if options.get("n", 1) != 1 and not as_json:
+        raise click.UsageError("n above 1 needs -p and --json")
     with terminal.loaded(model) as loaded:
         conversation = terminal.Conversation(loaded, system, options)
         if prompt is None:

@@ -83,8 +83,10 @@ def served(
                 server.wait(timeout=20)
             except ProcessLookupError:
                 pass
-            except subprocess.TimeoutExpired:
+            except BaseException as error:  # a second Ctrl-C must not leave it behind either
                 os.killpg(server.pid, signal.SIGKILL)
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
             server.wait()
 
 

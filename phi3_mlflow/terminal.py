@@ -10,7 +10,8 @@ from typing import Any
 import click
 import mlflow.pyfunc
 from mlflow.pyfunc import PyFuncModel
-from mlflow.types import DataType
+
+from phi3_mlflow.runtime.errors import Phi3Error
 
 _HELP = "/system TEXT sets a system message, /reset forgets the conversation, Ctrl-C stops an answer, Ctrl-D ends."
 
@@ -24,7 +25,11 @@ def loaded(model_uri: str | None) -> Iterator[PyFuncModel]:
 
             model_uri = str(Path(temporary) / "model")
             genai.save_model(model_uri)
-        yield mlflow.pyfunc.load_model(model_uri, suppress_warnings=True)
+        model = mlflow.pyfunc.load_model(model_uri, suppress_warnings=True)
+        task = (model.metadata.metadata or {}).get("task")
+        if task != "llm/v1/chat":
+            raise Phi3Error(f"{model_uri} is a model for the task {task}; a conversation needs one for llm/v1/chat")
+        yield model
 
 
 class Conversation:
@@ -33,14 +38,15 @@ class Conversation:
     Args:
         model: a chat model that was loaded with mlflow.pyfunc.
         system: a system message, or None.
-        options: of every request, by their names.
+        options: of every request, by their names, checked.
     """
 
     def __init__(self, model: PyFuncModel, system: str | None = None, options: Mapping[str, Any] | None = None):
         self._model = model
-        self._options = dict(options or {})
+        self.options = dict(options or {})
         self.system = system
         self.turns: list[dict[str, str]] = []
+        self.dropped = 0  # messages that the last answer was given without
 
     def ask(self, prompt: str) -> Iterator[str]:
         """The answer in pieces. An answer that is broken off is forgotten with its question."""
@@ -51,6 +57,7 @@ class Conversation:
         for chunk in chunks:
             text = chunk["choices"][0]["delta"].get("content", "")
             answer += text
+            self.dropped = chunk.get("custom_outputs", {}).get("dropped_messages", 0)
             yield text
         self.turns = [*asked, {"role": "assistant", "content": answer}] if answer else self.turns
 
@@ -63,18 +70,21 @@ class Conversation:
     def _split(self, turns: list[dict[str, str]]) -> tuple[dict[str, Any], dict[str, Any]]:
         """In Python MLflow takes what its chat schema lacks as params."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        columns = {spec.name: spec.type for spec in self._model.metadata.get_input_schema().inputs}
-        fields = {name: value for name, value in self._options.items() if name in columns}
-        for name, value in fields.items():
-            if columns[name] == DataType.double and type(value) is int:
-                fields[name] = float(value)  # MLflow takes no other integers than 0 and 1 for a double
-        params = {name: value for name, value in self._options.items() if name not in columns}
-        return {"messages": [*system, *turns], **fields}, params
+        columns = set(self._model.metadata.get_input_schema().input_names())
+        options = dict(self.options)
+        fields: dict[str, Any] = {"messages": [*system, *turns]}
+        if stop := options.pop("stop", None):
+            fields["stop"] = list(stop)
+        if bias := options.pop("logit_bias", None):
+            fields["custom_inputs"] = {"logit_bias": {str(token): value for token, value in bias.items()}}
+        fields |= {name: options.pop(name) for name in columns & options.keys()}
+        return fields, options
 
 
 def talk(conversation: Conversation) -> None:
     """Reads questions from the terminal until the input ends."""
     ask = _line_reader()
+    conversation.options.setdefault("context_overflow", "drop_oldest")
     click.echo(_HELP, err=True)
     while True:
         try:
@@ -101,7 +111,9 @@ def _line_reader() -> Callable[[str], str]:
 
             session: PromptSession[str] = PromptSession()
             return session.prompt
-    return input
+        return input
+    # No prompts in a pipe: stdout is for the answers.
+    return lambda _: input()
 
 
 def _answer(conversation: Conversation, line: str) -> None:
@@ -112,6 +124,8 @@ def _answer(conversation: Conversation, line: str) -> None:
         for text in answer:
             click.echo(text, nl=False)
         click.echo()
+        if conversation.dropped:
+            click.echo(f"(the context is full: answered without the oldest {conversation.dropped} messages)", err=True)
     except KeyboardInterrupt:
         answer.close()  # type: ignore[attr-defined]
         click.echo("  [stopped]")

@@ -29,7 +29,17 @@ _PATTERNS = {
     "transformers": ("*.safetensors", "*.json", "*.jinja", "tokenizer.model"),
     "onnx": ("*.onnx", "*.onnx.data", "*.onnx_data", "*.json", "*.jinja", "tokenizer.model"),
 }
-_CARD_PATTERNS = ("LICENSE*", "README.md")
+_CARD_PATTERNS = ("LICENSE*", "NOTICE*", "README.md")
+_ONNX_FILES = (
+    "genai_config.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+)
 # ONNX graphs that keep their weights in a file of their own are smaller than this, in bytes.
 _GRAPH_LIMIT = 64 * 2**20
 
@@ -109,6 +119,16 @@ def check(folder: Path, form: Form) -> None:
             raise WeightsError(f"{file} is empty: copy or download it again")
         if start.startswith(b"version https://git-lfs"):
             raise WeightsError(f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` in its clone")
+
+
+def onnx_files(folder: Path) -> list[Path]:
+    """The files of an ONNX folder that a model needs, and those that say where it comes from; nothing else of it.
+
+    Raises:
+        WeightsError: as for `check`.
+    """
+    optional = (file for pattern in (*_ONNX_FILES, *_CARD_PATTERNS) for file in folder.glob(pattern) if file.is_file())
+    return sorted({*_check_onnx(folder), *optional})
 
 
 def _check_transformers(folder: Path) -> list[Path]:

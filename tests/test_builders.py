@@ -3,12 +3,14 @@
 Run: pytest tests/test_builders.py
 """
 
+import gc
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import mlflow
@@ -214,3 +216,20 @@ def test_the_flat_task_answers_with_strings(builder, tmp_path):
 
     assert "Madrid" in answers[0]
     assert from_messages == answers
+
+
+def test_a_response_format_is_no_default_of_a_chat_model(builder, tmp_path):
+    with pytest.raises(InvalidRequest, match="`response_format` cannot be a default"):
+        BUILDERS[builder].save_model(tmp_path / "model", model_config={"response_format": {"type": "json_object"}})
+
+
+def test_the_weights_are_freed_with_the_loaded_model(saved, builder):
+    before = {thread for thread in threading.enumerate() if thread.name == "phi3-scheduler"}
+    model = mlflow.pyfunc.load_model(str(saved[builder]))
+    (own,) = {thread for thread in threading.enumerate() if thread.name == "phi3-scheduler"} - before
+
+    del model
+    gc.collect()
+
+    own.join(timeout=60)
+    assert not own.is_alive()

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 from mlflow.models import Model
 
+from phi3_mlflow.builders import genai
 from phi3_mlflow.cli import cli
 
 VERBS = [["pull"], ["quantize"], ["log", "transformers"], ["log", "onnx"], ["log", "both"], ["chat"]]
@@ -89,12 +90,42 @@ def test_a_conversation_goes_on_until_the_input_ends(saved):
     assert "/reset forgets the conversation" in result.stderr
 
 
-def test_a_bad_option_in_a_conversation_is_one_line_and_the_conversation_goes_on(saved):
-    result = run("chat", str(saved["onnx"]), "-o", "temperature=9", input="Hello\nHello\n")
+def test_a_bad_message_is_one_line_and_the_conversation_goes_on(saved):
+    result = run("chat", str(saved["onnx"]), input="a\x00b\nWhat is the capital of Spain?\n")
 
     assert result.exit_code == 0
-    assert result.stderr.count("Error: `temperature` is 9.0; it must be a number from 0 to 2") == 2
+    assert "Error: `messages[0].content` has the character U+0000" in result.stderr
+    assert result.stdout == "The capital of Spain is Madrid.\n\n"
     assert "Traceback" not in result.output
+
+
+def test_a_conversation_that_fills_the_context_goes_on_without_its_oldest_messages(tmp_path):
+    genai.save_model(tmp_path / "model", model_config={"context_length": 64})
+
+    result = run("chat", str(tmp_path / "model"), input="What is the capital of Spain?\n" * 6)
+
+    assert result.exit_code == 0
+    assert result.stdout.count("Madrid") == 6
+    assert "the context is full: answered without the oldest 2 messages" in result.stderr
+
+
+def test_chat_takes_every_option_that_the_contract_has(saved):
+    options = ["temperature=2", "frequency_penalty=-1", "stop=Madrid", 'logit_bias={"5": -100}', "seed=3", "top_k=1"]
+    flags = [part for option in options for part in ("-o", option)]
+
+    result = run("chat", str(saved["onnx"]), "-p", "What is the capital of Spain?", *flags)
+
+    assert result.exit_code == 0, result.stderr
+    assert "Madrid" not in result.stdout
+
+
+def test_chat_with_a_model_of_another_task_says_so(tmp_path):
+    genai.save_model(tmp_path / "model", task="flat")
+
+    result = run("chat", str(tmp_path / "model"), "-p", "Hello")
+
+    assert result.exit_code == 1
+    assert "is a model for the task flat" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -111,7 +142,11 @@ def test_a_bad_option_in_a_conversation_is_one_line_and_the_conversation_goes_on
         (["quantize", "./nowhere", "./out"], 1, "nowhere"),
         (["chat", "models:/nothing@here", "-p", "x"], 1, "nothing"),
         (["chat", "--json"], 2, "--json needs -p"),
-        (["chat", "-p", ""], 1, "`messages[0].content`"),
+        (["chat", "-p", ""], 2, "the prompt is empty"),
+        (["chat", "-p", "x", "-o", "temperature=9"], 2, "`temperature` is 9; it must be a number from 0 to 2"),
+        (["chat", "-p", "x", "-o", "temprature=1"], 2, "`temprature` is not an option"),
+        (["chat", "-p", "x", "-o", "stream=true"], 2, "`stream` is not an option"),
+        (["chat", "-p", "x", "-o", "n=2"], 2, "n above 1 needs -p and --json"),
     ],
     ids=lambda value: " ".join(value[:4]) if isinstance(value, list) else None,
 )

@@ -277,3 +277,11 @@ def test_both_builders_answer_in_the_same_shape(tasks, template):
     shapes = [shape(tasks[builder, "llm/v1/completions", template].predict(body)) for builder in BUILDERS]
 
     assert shapes[0] == shapes[1]
+
+
+@builders
+def test_rows_that_were_never_begun_are_an_error_and_no_empty_answers(flat, builder):
+    rows = pd.DataFrame({"prompt": ["Count from 1 to 20."] * 50})
+
+    with pytest.raises(MlflowException, match=r"row \d+: the time was over before the answer was begun"):
+        flat.predict(rows, params={"max_time": 0.01})

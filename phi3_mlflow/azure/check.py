@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from phi3_mlflow.azure import environment as environments
-from phi3_mlflow.azure.environment import NO_CODE_REQUIREMENTS
 from phi3_mlflow.azure.model import LoggedModel
+from phi3_mlflow.targets import NO_CODE_REQUIREMENTS, allows_pandas_3
 
 Mode = Literal["ncd", "container"]
 MODES: tuple[Mode, ...] = ("ncd", "container")
@@ -20,10 +20,7 @@ DEFAULT_UPLINK = 20.0
 TOKEN_SECONDS = 3600
 _SCALARS = frozenset({"string", "long", "integer", "double", "float", "boolean"})
 _IGNORE_FILES = (".amlignore", ".gitignore")
-# What `log ... --target azure` gives a model, as data: the flat task, these requirements on top of its own, an
-# example that is a DataFrame or none.
-AZURE_TASK = "flat"
-AZURE_REQUIREMENTS = NO_CODE_REQUIREMENTS
+# An example that the no-code image can read is a DataFrame or none.
 AZURE_EXAMPLE_TYPES = frozenset({"dataframe"})
 AZURE_COLUMN_TYPES = _SCALARS
 # https://learn.microsoft.com/rest/api/storageservices/naming-and-referencing-containers--blobs--and-metadata
@@ -196,7 +193,7 @@ def _pandas(model: LoggedModel) -> Finding:
     if environment.conda_pandas:
         found, fix = "pandas is asked of conda", "ask pip for `pandas<3` instead, and log the model again"
         return Finding("pandas below 3", "failed", ("ncd",), found, fix)
-    if environments.allows_pandas_3(requirement):
+    if allows_pandas_3(requirement):
         found = f"the environment can get pandas 3 ({requirement or 'no bound on pandas'})"
         fix = "`azure register` holds it below 3 in the staged copy, `log ... --target azure` in the model itself"
         return Finding("pandas below 3", "failed", ("ncd",), found, fix, mended=True)

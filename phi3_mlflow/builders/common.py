@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,12 +18,11 @@ from mlflow.models.model import ModelInfo
 
 import phi3_mlflow
 from phi3_mlflow import runtime
-from phi3_mlflow.azure import environment
-from phi3_mlflow.azure.check import AZURE_TASK
 from phi3_mlflow.runtime.chat import Task
 from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error
 from phi3_mlflow.runtime.model import check_config
 from phi3_mlflow.runtime.signatures import TASKS
+from phi3_mlflow.targets import AZURE_TASK, adapted
 from phi3_mlflow.weights import Weights
 
 # What the runtime imports, whichever decoder it drives.
@@ -62,7 +61,7 @@ def for_target(target: Target, task: Task | None, needed: list[str]) -> tuple[Ta
         raise BuildError(f"the target is {target!r}; it must be mlflow or azure")
     if task not in (None, AZURE_TASK):
         raise BuildError(f"Azure ML's no-code image cannot load the task {task}; leave the task out, or take `flat`")
-    return "flat", environment.adapted(needed)
+    return "flat", adapted(needed)
 
 
 def full_config(task: Task, source: str, model_config: Mapping[str, Any] | None, template: bool) -> dict[str, Any]:
@@ -76,6 +75,9 @@ def full_config(task: Task, source: str, model_config: Mapping[str, Any] | None,
         raise BuildError(f"the task is {task!r}; it must be one of {', '.join(TASKS)}")
     config = dict(model_config or {})
     check_config(config)
+    if task != "flat" and config.get("response_format") is not None:
+        problem = "cannot be a default: a request could not ask for text any more; set it in the requests"
+        raise InvalidRequest("response_format", problem)
     if task == "flat" and config.get("n", 1) != 1:
         raise InvalidRequest("n", f"is {config['n']}; it must be 1 for the flat task, whose answer is one string")
     return {**config, "task": task, "name": identifier(source), "template": template, "format": runtime.FORMAT}
@@ -165,23 +167,22 @@ def log(
     return info
 
 
-def copy_weights(source: Path, destination: Path, *, link: bool) -> None:
-    """Copies the files of a weights folder, links followed; hidden ones stay behind.
+def copy_weights(files: Sequence[Path], destination: Path, *, link: bool) -> None:
+    """Copies weight files into one folder, links followed.
 
     Args:
-        source: the folder.
+        files: what to copy.
         destination: the folder to make.
         link: make hard links where the file system can: for a folder that MLflow copies once more and deletes.
     """
     destination.mkdir(parents=True)
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.startswith("."):
-            try:
-                if not link:
-                    raise OSError
-                os.link(file.resolve(), destination / file.name)
-            except OSError:
-                shutil.copy(file, destination / file.name)
+    for file in files:
+        try:
+            if not link:
+                raise OSError
+            os.link(file.resolve(), destination / file.name)
+        except OSError:
+            shutil.copy(file, destination / file.name)
 
 
 def finish(model: Model, path: Path) -> None:

@@ -13,7 +13,7 @@ from phi3_mlflow.runtime import manifest
 from phi3_mlflow.runtime.chat import Task
 from phi3_mlflow.runtime.signatures import input_example, signature
 from phi3_mlflow.runtime.tokens import Tokens
-from phi3_mlflow.weights import resolve
+from phi3_mlflow.weights import onnx_files, resolve
 
 from . import common
 
@@ -69,7 +69,7 @@ def save_model(
         )
     # Not through MLflow's `artifacts`: it refuses the links that the hub's cache is made of, and copies once more.
     destination = path / _WEIGHTS
-    common.copy_weights(found.folder, destination, link=mlflow_model is not None)
+    common.copy_weights(onnx_files(found.folder), destination, link=mlflow_model is not None)
     manifest.write(destination)
     model.flavors["python_function"] |= {
         "artifacts": {"weights": {"path": _WEIGHTS, "uri": found.source}},

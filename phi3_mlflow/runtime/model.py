@@ -17,7 +17,12 @@ import numpy as np
 import pandas as pd
 from mlflow.environment_variables import MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE, RESOURCE_EXHAUSTED
+from mlflow.protos.databricks_pb2 import (
+    INTERNAL_ERROR,
+    INVALID_PARAMETER_VALUE,
+    RESOURCE_EXHAUSTED,
+    TEMPORARILY_UNAVAILABLE,
+)
 
 from . import FORMAT, manifest
 from .chat import Request, Task, chunk, completion, last_chunk, parse_chat, parse_completion, parse_flat
@@ -25,7 +30,7 @@ from .decoders.base import Decoder
 from .engine import Engine, Run
 from .errors import Busy, FormatError, InvalidRequest, shorten
 from .options import NAMES, Options, Range
-from .signatures import RESPONSE_FORMAT_OMITTED
+from .signatures import RESPONSE_FORMAT_OMITTED, TASKS
 from .sizes import Bytes
 from .tokens import Tokens
 
@@ -64,6 +69,21 @@ class TryLater(MlflowException):
         return json.dumps(
             {"error_code": self.error_code, "message": self._text, "retry_after_seconds": self.retry_after}
         )
+
+
+class OutOfTime(MlflowException):
+    """Time was over before an answer was begun: a 503, since an empty answer would pass for one."""
+
+    def __init__(self, place: str):
+        self._text = (
+            f"{place}the time was over before the answer was begun; send fewer rows at once, or raise `max_time` or "
+            f"the server's {MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.name}"
+        )
+        super().__init__(self._text, error_code=TEMPORARILY_UNAVAILABLE)
+
+    def serialize_as_json(self) -> str:
+        """What the scoring server sends."""
+        return json.dumps({"error_code": self.error_code, "message": self._text})
 
 
 class AnswerFailed(MlflowException):
@@ -107,6 +127,7 @@ class Predictor:
         Raises:
             RequestRefused: a row is not a good request; nothing was started then.
             TryLater: too many requests are waiting.
+            OutOfTime: the server's time was over before every row was begun.
             AnswerFailed: the model failed.
         """
         deadline = _server_deadline()
@@ -123,7 +144,7 @@ class Predictor:
                     self._engine.start(*runs)
             for run, place in zip(runs, places, strict=True):
                 with _clean_errors(place):
-                    answers.append(self._response(run))
+                    answers.append(self._response(run, deadline, place))
             return answers
         finally:
             for run in runs:
@@ -163,8 +184,11 @@ class Predictor:
             return parse_completion(body, self._defaults, template=self._template, stream=stream)
         return parse_flat(body, self._defaults, template=self._template)
 
-    def _response(self, run: Run) -> Any:
+    def _response(self, run: Run, deadline: float | None, place: str) -> Any:
         answer = run.wait()
+        begun = all(choice.tokens or choice.reason != "max_time" for choice in answer.choices)
+        if not begun and (self._task == "flat" or (deadline is not None and time.monotonic() >= deadline)):
+            raise OutOfTime(place)
         return answer.choices[0].text if self._task == "flat" else completion(answer, self._task, self._name)
 
     def _stream(self, run: Run) -> Iterator[Any]:
@@ -315,6 +339,8 @@ def _check_settings(config: Mapping[str, Any]) -> dict[str, Any]:
             f"the model has format {config.get('format')}, and this process runs a runtime that reads format "
             f"{FORMAT}; load it in a process of its own, or with the version of phi3_mlflow that logged it"
         )
+    if config.get("task", TASKS[0]) not in TASKS:
+        raise FormatError(f"the model's task is {config['task']!r}; it must be one of {', '.join(TASKS)}")
     return {name: spec.check(name, config[name]) for name, spec in SETTINGS.items() if config.get(name) is not None}
 
 

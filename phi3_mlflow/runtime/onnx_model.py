@@ -17,6 +17,8 @@ class Phi3OnnxModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Checks and loads the weights that were logged as the artifact `weights`."""
         self._predictor = load_onnx(Path(context.artifacts["weights"]), context.model_config or {})
+        # MLflow keeps what `set_model` was given until it loads another model. The weights must not live as long.
+        mlflow.models.model.__mlflow_model__ = None
 
     # MLflow makes a signature of most type hints; for a DataFrame it keeps the logged one.
     def predict(

@@ -114,7 +114,8 @@ class Scheduler:
     def _patience(self) -> int:
         """Seconds until the jobs that wait will have been admitted, if they are like those before."""
         now = time.monotonic()
-        running = [now - slot.job.admitted for slot in self._slots if slot.job is not None]
+        jobs = [slot.job for slot in self._slots]  # the scheduler's thread goes on meanwhile
+        running = [now - job.admitted for job in jobs if job is not None]
         return math.ceil(max(1.0, max(self._pace, *running, 0.0) * len(self._waiting) / len(self._slots)))
 
     def close(self) -> None:

@@ -45,7 +45,7 @@ def line(certificate: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactor
     import standin
 
     if not blobs.EXECUTABLE.exists():
-        pytest.skip("needs npm install --prefix .azurite --no-save azurite@3.37.0")
+        pytest.fail("needs npm install --prefix .azurite --no-save azurite@3.37.0, which `make setup` does")
     azurite = blobs.Azurite(tmp_path_factory.mktemp("azurite"), certificate, standin.ACCOUNT, standin.ACCOUNT_KEY)
     carried = blobs.Line(azurite.port)
     yield carried
@@ -61,9 +61,7 @@ def cloud(certificate: tuple[Path, Path], line: object) -> Iterator[object]:
 
     service = standin.StandIn(certificate, line.port)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS"):
-            patch.setenv(name, str(certificate[0]))
-        patch.setenv("AZUREML_CURRENT_CLOUD", "StubCloud")
+        trust(patch, certificate)
         service.container().create_container()
         # A cloud can be added once in a process; with it no client asks for the metadata again.
         MLClient(
@@ -75,8 +73,22 @@ def cloud(certificate: tuple[Path, Path], line: object) -> Iterator[object]:
             cloud_metadata=service.metadata(),
             enable_telemetry=False,
         )
-        yield service
+    yield service
     service.close()
+
+
+def trust(patch: pytest.MonkeyPatch, certificate: tuple[Path, Path]) -> None:
+    """Makes clients take the stand-in for Azure, and trust nobody else."""
+    for name in ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS"):
+        patch.setenv(name, str(certificate[0]))
+    patch.setenv("AZUREML_CURRENT_CLOUD", "StubCloud")
+
+
+@pytest.fixture(autouse=True)
+def trusted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the tests of the stand-in alone: whatever runs after them needs the machine's own certificates."""
+    if "cloud" in request.fixturenames:
+        trust(monkeypatch, request.getfixturevalue("certificate"))
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from mlflow.models import ModelSignature
 from mlflow.types.schema import AnyType, Array, ColSpec, DataType, Map, Object, ParamSpec, Property, Schema
 from no_code import LoadFailed, NoCodeImage
 
+from phi3_mlflow import targets
 from phi3_mlflow.azure import check, environment
 from phi3_mlflow.azure.cli import azure as group
 from phi3_mlflow.azure.errors import AzureError
@@ -78,7 +79,7 @@ def test_a_flat_model_passes_for_both_once_it_is_staged(flat_model, tmp_path):
 
 
 def test_what_log_with_target_azure_needs_is_there_as_data(tmp_path):
-    lines = environment.adapted(["mlflow==3.17.2", "pandas==3.1.1"])
+    lines = targets.adapted(["mlflow==3.17.2", "pandas==3.1.1"])
     assert lines == ["mlflow==3.17.2", "pandas<3", "azureml-ai-monitoring"]
     assert set(check.AZURE_REQUIREMENTS) <= set(lines)
     folder = save(tmp_path / "model", FLAT, flat_signature(), pip_requirements=lines)
@@ -275,8 +276,8 @@ def test_the_digest_changes_with_a_byte_and_with_a_name_and_puts_mlmodel_last(fl
     ],
 )
 def test_requirements_are_adapted_once(given, expected):
-    assert environment.adapted(given) == expected
-    assert environment.adapted(expected) == expected
+    assert targets.adapted(given) == expected
+    assert targets.adapted(expected) == expected
 
 
 def test_served_payloads_of_the_no_code_image(flat_model, tmp_path):

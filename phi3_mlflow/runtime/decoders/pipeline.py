@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..errors import WeightsError
+
 if TYPE_CHECKING:
     import transformers
 
@@ -32,7 +34,13 @@ class PipelineDecoder:
         own = self._model.config.max_position_embeddings
         self.context_length = min(context_length or own, own)
         self.capacity = self.context_length
-        eos = self._model.generation_config.eos_token_id or self._model.config.eos_token_id
+        eos = self._model.generation_config.eos_token_id
+        if eos is None:
+            eos = self._model.config.eos_token_id
+        if eos is None:
+            raise WeightsError(
+                "the model's generation_config.json names no eos_token_id; add the ids that end an answer"
+            )
         self.eos = frozenset(eos if isinstance(eos, list) else [eos])
         self._cache = self._new_cache()
 
