@@ -186,7 +186,7 @@ class Predictor:
 
     def _response(self, run: Run, deadline: float | None, place: str) -> Any:
         answer = run.wait()
-        begun = all(choice.tokens or choice.reason != "max_time" for choice in answer.choices)
+        begun = any(choice.tokens or choice.reason != "max_time" for choice in answer.choices)
         if not begun and (self._task == "flat" or (deadline is not None and time.monotonic() >= deadline)):
             raise OutOfTime(place)
         return answer.choices[0].text if self._task == "flat" else completion(answer, self._task, self._name)
