@@ -22,7 +22,6 @@ _SCALARS = frozenset({"string", "long", "integer", "double", "float", "boolean"}
 _IGNORE_FILES = (".amlignore", ".gitignore")
 # An example that the no-code image can read is a DataFrame or none.
 AZURE_EXAMPLE_TYPES = frozenset({"dataframe"})
-AZURE_COLUMN_TYPES = _SCALARS
 # https://learn.microsoft.com/rest/api/storageservices/naming-and-referencing-containers--blobs--and-metadata
 _LONGEST_BLOB_NAME, _MOST_SEGMENTS = 1024, 254
 _PREFIX_LENGTH = 120
