@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILDERS = ("transformers", "onnx")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from phi3_mlflow.azure import environment
-from phi3_mlflow.azure.check import Mode, check, passing_staged
+from phi3_mlflow.azure.check import check, passing_staged
 from phi3_mlflow.azure.errors import AzureError
 from phi3_mlflow.azure.model import LoggedModel, read
 
@@ -98,11 +98,6 @@ def digest(hashes: dict[str, str]) -> str:
     """One sha256 over a folder: over the lines "sha256  name" sorted by name, as `sha256sum` prints them."""
     lines = "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes))
     return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def modes_tag(modes: tuple[Mode, ...]) -> str:
-    """The ways of deployment as a tag's value."""
-    return ",".join(modes)
 
 
 def _place(source: Path, target: Path) -> None:

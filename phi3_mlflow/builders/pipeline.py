@@ -37,7 +37,7 @@ def save_model(
     model_config: Mapping[str, Any] | None = None,
     target: common.Target = "mlflow",
     mlflow_model: Model | None = None,
-    **_: Any,
+    validate_serving_input: bool = False,
 ) -> None:
     """Saves an MLflow model of the transformers kind.
 
@@ -51,6 +51,7 @@ def save_model(
         target: `azure` makes a model that Azure ML's no-code image can load: the flat task, and what that image
             needs in the requirements.
         mlflow_model: filled in by MLflow when the model is logged.
+        validate_serving_input: MLflow's, which hands all arguments of log on; it means nothing here.
 
     Raises:
         WeightsError: the weights are missing or of another kind.
