@@ -45,7 +45,7 @@ class Soak:
 
     def __init__(self, folder: Path, parallel: int, queue_limit: int):
         decoder = _onnx_decoder(folder, {"parallel": parallel, "threads": 1})
-        self.predictor = Predictor(Engine(Tokens.from_folder(folder), decoder, queue_limit), {})
+        self.predictor = Predictor(Engine(Tokens.from_folder(folder), decoder, queue_limit=queue_limit), {})
         self.counts: Counter[str] = Counter()
         self.failures: list[str] = []
         self.answers: dict[tuple[str, int], Counter[str]] = {}

@@ -8,6 +8,7 @@ import queue
 import random
 import shutil
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -16,13 +17,16 @@ import pandas as pd
 import pytest
 
 from phi3_mlflow.runtime import FORMAT, manifest
+from phi3_mlflow.runtime import model as model_module
 from phi3_mlflow.runtime.decoders.batched import BatchedDecoder, CannotBatch
 from phi3_mlflow.runtime.decoders.genai import GenaiDecoder
 from phi3_mlflow.runtime.errors import InvalidRequest
 from phi3_mlflow.runtime.generation import Generation
-from phi3_mlflow.runtime.model import TryLater, check_config, load_onnx, refuse_batching
+from phi3_mlflow.runtime.jobs import Job
+from phi3_mlflow.runtime.model import TryLater, load_onnx
 from phi3_mlflow.runtime.options import Options
-from phi3_mlflow.runtime.scheduler import Job, Scheduler
+from phi3_mlflow.runtime.scheduler import Scheduler
+from phi3_mlflow.runtime.settings import check_config, refuse_batching
 from phi3_mlflow.runtime.stops import Stops
 from phi3_mlflow.runtime.tokens import Tokens
 
@@ -34,6 +38,14 @@ MOST = 16  # tokens of an answer
 # Rows that decode together differ from rows alone by rounding. Where the two best logits are closer than this, the
 # other one may be chosen.
 TOLERANCE = 0.02
+# Options under which an answer goes on.
+FOREVER = {
+    "logit_bias": dict.fromkeys(
+        json.loads((ONNX / "genai_config.json").read_text("utf-8"))["model"]["eos_token_id"], -100
+    ),
+    "repetition_guard": False,
+    "self_talk_guard": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -421,4 +433,65 @@ def test_cached_tokens_are_reported(folder):
     assert "cached_tokens" not in first["custom_outputs"]
     assert second["custom_outputs"]["cached_tokens"] == (second["usage"]["prompt_tokens"] - 1) // 16 * 16 > 0
     assert second["usage"] == first["usage"]
+    predictor.close()
+
+
+@pytest.mark.parametrize("parallel", [1, 3])
+def test_the_next_turn_of_a_conversation_begins_with_the_last_answer(folder, parallel):
+    """In `exact` after some idle time, and then with the very answer of a fresh model; in `all` at once."""
+    turns = [{"role": "user", "content": "Tell me what you know about the sky and the sea, please."}]
+    config = {"format": FORMAT, "threads": 1, "parallel": parallel}
+
+    def ask(predictor, messages):
+        return predictor.predict(pd.DataFrame({"messages": [messages]}), {"max_tokens": 60, **FOREVER})[0]
+
+    both = {}
+    for reuse in ("exact", "all"):
+        predictor = load_onnx(folder, {**config, "prefix_reuse": reuse})
+        first = ask(predictor, turns)
+        limit = time.monotonic() + PATIENCE
+        while predictor._engine._scheduler._renewable() and reuse == "exact":
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        second = [*turns, first["choices"][0]["message"], {"role": "user", "content": "Go on."}]
+        both[reuse] = ask(predictor, second)
+        known = first["usage"]["prompt_tokens"] + 40  # of 59 tokens that were decoded
+        assert both[reuse]["custom_outputs"]["cached_tokens"] >= known
+        predictor.close()
+    fresh = load_onnx(folder, config)
+    assert ask(fresh, second)["choices"] == both["exact"]["choices"]
+    fresh.close()
+
+
+def test_a_table_is_answered_in_the_order_of_its_rows_whatever_their_lengths(folder):
+    questions = [f"What is {left} + {right}?" for left in range(1, 6) for right in range(1, 5)]
+    rows = pd.DataFrame({"messages": [[{"role": "user", "content": text}] for text in questions]})
+    batched, alone = (load_onnx(folder, {"format": FORMAT, "threads": 1, "parallel": many}) for many in (4, 1))
+    expected = [answer["choices"] for answer in alone.predict(rows)]
+    assert [answer["choices"] for answer in batched.predict(rows)] == expected
+    assert len({json.dumps(choices) for choices in expected}) > 5
+    batched.close()
+    alone.close()
+
+
+def test_a_long_table_shows_its_progress_in_a_terminal_and_not_in_a_server(folder, capsys, monkeypatch):
+    predictor = load_onnx(folder, {"format": FORMAT, "threads": 1})
+    rows = pd.DataFrame({"messages": [[{"role": "user", "content": "Count."}]] * 3})
+    monkeypatch.setattr(model_module, "PROGRESS_AFTER", 0.0)
+    predictor.predict(rows)
+    assert "3/3" in capsys.readouterr().err
+    monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
+    predictor.predict(rows)
+    assert capsys.readouterr().err == ""
+    predictor.close()
+
+
+def test_a_request_that_waits_too_long_is_a_429(folder):
+    predictor = load_onnx(folder, {"format": FORMAT, "threads": 1, "queue_timeout": 0.05})
+    stream = predictor.predict_stream(capital("Spain"), {"max_tokens": 4000, **FOREVER})
+    next(stream)
+    with pytest.raises(TryLater, match=r"waited for its turn for 0.05 seconds; try again in \d+ second"):
+        predictor.predict(capital("France"))
+    stream.close()
+    assert len(predictor.predict(capital("France"))) == 1
     predictor.close()

@@ -3,11 +3,14 @@
 import json
 import math
 
+import openai.types.chat
 import pytest
 
 from phi3_mlflow.runtime.chat import (
     Answer,
     Choice,
+    Piece,
+    TokenLogprob,
     chunk,
     completion,
     last_chunk,
@@ -225,17 +228,17 @@ def test_answers_have_ids_of_their_own():
 
 
 def test_chunks_open_with_the_role_and_the_last_one_carries_the_usage():
-    first = chunk(ANSWER, "llm/v1/chat", "phi3", 0, "Mad", first=True)
+    first = chunk(ANSWER, "llm/v1/chat", "phi3", Piece(0, "Mad", None, None), first=True)
     head = {"id": "chatcmpl-abc", "object": "chat.completion.chunk", "created": 1700000000, "model": "phi3"}
     assert first == {
         **head,
         "choices": [{"index": 0, "delta": {"role": "assistant", "content": "Mad"}, "finish_reason": None}],
     }
-    second = chunk(ANSWER, "llm/v1/chat", "phi3", 1, "rid", first=False)
+    second = chunk(ANSWER, "llm/v1/chat", "phi3", Piece(1, "rid", None, None), first=False)
     assert second["choices"] == [{"index": 1, "delta": {"content": "rid"}, "finish_reason": None}]
-    ends = last_chunk(ANSWER, "llm/v1/chat", "phi3", 0, "eos", whole=False)
+    ends = last_chunk(ANSWER, "llm/v1/chat", "phi3", Piece(0, "", "eos", None), whole=False)
     assert ends == {**head, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
-    whole = last_chunk(ANSWER, "llm/v1/chat", "phi3", 1, "max_tokens", whole=True)
+    whole = last_chunk(ANSWER, "llm/v1/chat", "phi3", Piece(1, "", "max_tokens", None), whole=True)
     assert whole == {
         **head,
         "choices": [{"index": 1, "delta": {}, "finish_reason": "length"}],
@@ -245,14 +248,69 @@ def test_chunks_open_with_the_role_and_the_last_one_carries_the_usage():
 
 
 def test_chunks_of_a_text_completion_carry_text():
-    body = chunk(ANSWER, "llm/v1/completions", "phi3", 0, "Mad", first=True)
+    body = chunk(ANSWER, "llm/v1/completions", "phi3", Piece(0, "Mad", None, None), first=True)
     assert (body["object"], body["choices"]) == (
         "text_completion",
         [{"index": 0, "text": "Mad", "finish_reason": None}],
     )
-    body = last_chunk(ANSWER, "llm/v1/completions", "phi3", 0, "eos", whole=True)
+    body = last_chunk(ANSWER, "llm/v1/completions", "phi3", Piece(0, "", "eos", None), whole=True)
     assert body["choices"] == [{"index": 0, "text": "", "finish_reason": "stop"}]
     assert body["usage"]["total_tokens"] == 12
+
+
+TOLD = [
+    TokenLogprob(0, " é".encode(), -0.25, ((" é".encode(), -0.25), (b"<|end|>", -2.0))),
+    TokenLogprob(1, b"\xf0\x9f", -0.5, ((b"\xe2", -0.1), (b"\xf0\x9f", -0.5))),
+]
+
+
+def test_log_probabilities_of_a_chat_have_openais_shape():
+    choices = completion(Answer(7, [Choice("é", "eos", 2, TOLD)]), "llm/v1/chat", "phi3")["choices"]
+    first, second = choices[0]["logprobs"]["content"]
+    assert first == {
+        "token": " é",
+        "logprob": -0.25,
+        "bytes": [32, 195, 169],
+        "top_logprobs": [
+            {"token": " é", "logprob": -0.25, "bytes": [32, 195, 169]},
+            {"token": "<|end|>", "logprob": -2.0, "bytes": list(b"<|end|>")},
+        ],
+    }
+    assert (second["token"], second["bytes"]) == ("bytes:\\xf0\\x9f", [240, 159])
+    piece = chunk(ANSWER, "llm/v1/chat", "phi3", Piece(0, "é", None, TOLD), first=True)
+    assert piece["choices"][0]["logprobs"] == choices[0]["logprobs"]
+    read = openai.types.chat.ChatCompletionChunk.model_validate(piece).choices[0].logprobs
+    assert [(token.token, token.logprob) for token in read.content] == [(" é", -0.25), ("bytes:\\xf0\\x9f", -0.5)]
+
+
+def test_log_probabilities_of_a_text_completion_have_openais_shape():
+    body = completion(Answer(7, [Choice("é", "eos", 2, TOLD)]), "llm/v1/completions", "phi3")
+    assert body["choices"][0]["logprobs"] == {
+        "tokens": [" é", "bytes:\\xf0\\x9f"],
+        "token_logprobs": [-0.25, -0.5],
+        "top_logprobs": [{" é": -0.25, "<|end|>": -2.0}, {"bytes:\\xe2": -0.1, "bytes:\\xf0\\x9f": -0.5}],
+        "text_offset": [0, 1],
+    }
+    assert openai.types.Completion.model_validate(body).choices[0].logprobs.text_offset == [0, 1]
+
+
+def test_log_probabilities_are_asked_for_as_in_openais_two_tasks():
+    options = parse_chat({"messages": [USER], "logprobs": True, "top_logprobs": 3}, Options()).options
+    assert (options.logprobs, options.top_logprobs) == (True, 3)
+    options = parse_completion({"prompt": "Hello", "logprobs": 3}, Options(), template=True).options
+    assert (options.logprobs, options.top_logprobs) == (True, 3)
+    options = parse_completion({"prompt": "Hello", "logprobs": 0}, Options(), template=True).options
+    assert (options.logprobs, options.top_logprobs) == (True, 0)
+    for parse, body, field, text in [
+        (parse_chat, {"messages": [USER], "top_logprobs": 3}, "top_logprobs", "`logprobs` is not true"),
+        (parse_chat, {"messages": [USER], "logprobs": True, "top_logprobs": 21}, "top_logprobs", "from 0 to 20"),
+        (parse_chat, {"messages": [USER], "logprobs": 3}, "logprobs", "true or false"),
+        (parse_completion, {"prompt": "Hello", "logprobs": True}, "logprobs", "from 0 to 20"),
+        (parse_completion, {"prompt": "Hello", "top_logprobs": 3}, "top_logprobs", "is for chats"),
+        (parse_flat, {"prompt": "Hello", "logprobs": 3}, "logprobs", "one string"),
+    ]:
+        error = refused(parse, body, **({} if parse is parse_chat else {"template": True}))
+        assert (error.field, text in str(error)) == (field, True)
 
 
 def test_completions_are_what_mlflows_output_schemas_ask_for():
@@ -274,8 +332,8 @@ def test_chunks_are_what_mlflow_and_openai_read():
     from mlflow.types.llm import ChatCompletionChunk
 
     for body in (
-        chunk(ANSWER, "llm/v1/chat", "phi3", 0, "Mad", first=True),
-        last_chunk(ANSWER, "llm/v1/chat", "phi3", 1, "eos", whole=True),
+        chunk(ANSWER, "llm/v1/chat", "phi3", Piece(0, "Mad", None, None), first=True),
+        last_chunk(ANSWER, "llm/v1/chat", "phi3", Piece(1, "", "eos", None), whole=True),
     ):
         read = ChatCompletionChunk.from_dict(body)
         assert read.choices[0].finish_reason == body["choices"][0]["finish_reason"]

@@ -1,13 +1,14 @@
 """Run with: python -m pytest tests/test_engine.py"""
 
 import itertools
+import math
 import threading
 
 import pytest
 from fakes import IDS, TOKENS, VOCAB_SIZE, FakeDecoder, spell
 
 from phi3_mlflow.runtime import engine as engine_module
-from phi3_mlflow.runtime.chat import Request
+from phi3_mlflow.runtime.chat import Piece, Request
 from phi3_mlflow.runtime.engine import DEFAULT_MAX_TOKENS, Engine
 from phi3_mlflow.runtime.errors import InvalidRequest
 from phi3_mlflow.runtime.options import Options
@@ -66,9 +67,50 @@ def test_an_answer_comes_in_pieces_that_make_up_the_whole(load):
     engine = load(says("hello world yes"))
     run = engine.start(engine.prepare(chat("hello")))
     pieces = list(run)
-    assert [text for _, text, _ in pieces] == ["hello", " world", " yes", ""]
-    assert pieces[-1] == (0, "", "eos")
+    assert [piece.text for piece in pieces] == ["hello", " world", " yes", ""]
+    assert pieces[-1] == Piece(0, "", "eos", None)
     assert run.answer.choices[0].text == "hello world yes"
+
+
+def test_each_token_of_an_answer_has_its_log_probability_and_the_likeliest_ones_beside_it(load):
+    engine = load(says("hello world yes"))
+    whole = answer(engine, chat("one", logprobs=True, top_logprobs=2)).choices[0]
+    assert [(told.start, told.token) for told in whole.logprobs] == [(0, b" hello"), (5, b" world"), (11, b" yes")]
+    for told in whole.logprobs:
+        # The fake's logits: 10 for the token it says, -10 for all others.
+        assert told.logprob == pytest.approx(-math.log1p((VOCAB_SIZE - 1) * math.exp(-20)))
+        assert told.top[0] == (told.token, told.logprob)
+        assert told.top[1] == (b"<unk>", pytest.approx(told.logprob - 20))
+    assert answer(engine, chat("one")).choices[0].logprobs is None
+    assert [told.top for told in answer(engine, chat("one", logprobs=True)).choices[0].logprobs] == [(), (), ()]
+
+
+def test_pieces_carry_the_log_probabilities_of_the_tokens_whose_text_they_begin(load):
+    engine = load(says("yes hello, é"))
+    run = engine.start(engine.prepare(chat("one", logprobs=True, stop=("lo!",))))
+    pieces = [piece for piece in run if piece.text]
+    assert b"".join(told.token for piece in pieces for told in piece.logprobs) == " yes hello, é".encode()
+    shown = 0
+    for piece in pieces:
+        assert all(shown <= told.start < shown + len(piece.text) for told in piece.logprobs)
+        shown += len(piece.text)
+    assert [told for piece in pieces for told in piece.logprobs] == run.answer.choices[0].logprobs
+
+
+def test_tokens_of_a_stop_sequence_have_no_log_probability_in_the_answer(load):
+    engine = load(says("hello world yes"))
+    choice = answer(engine, chat("one", logprobs=True, stop=("ld y",))).choices[0]
+    assert (choice.text, choice.tokens) == ("hello wor", 3)
+    assert [told.token for told in choice.logprobs] == [b" hello", b" world"]
+
+
+def test_rows_are_answered_together_and_each_is_named_when_it_has_ended(load):
+    engine = load(lambda prompt: [token for token in prompt if token in LETTERS[1:]], slots=2)
+    runs = [engine.prepare(chat(letter * (7 - at), max_tokens=20)) for at, letter in enumerate("abcdef")]
+    ended = list(engine.start_all(runs))
+    assert sorted(ended) == list(range(6))
+    assert [run.wait().choices[0].text for run in runs] == ["a" * 7, "b" * 6, "c" * 5, "d" * 4, "e" * 3, "f" * 2]
+    assert list(engine.start_all([])) == []
 
 
 def test_a_raw_prompt_goes_without_template_and_keeps_the_leading_space(load):
@@ -193,10 +235,10 @@ def test_each_choice_streams_under_its_own_number(load):
     run = engine.start(engine.prepare(chat("hello", n=4, seed=1, temperature=1.0, max_tokens=9)))
     pieces = list(run)
     for index, choice in enumerate(run.answer.choices):
-        own = [piece for piece in pieces if piece[0] == index]
-        assert "".join(text for _, text, _ in own) == choice.text
-        assert [reason for *_, reason in own][:-1] == [None] * (len(own) - 1)
-        assert own[-1][2] == choice.reason
+        own = [piece for piece in pieces if piece.choice == index]
+        assert "".join(piece.text for piece in own) == choice.text
+        assert [piece.reason for piece in own][:-1] == [None] * (len(own) - 1)
+        assert own[-1].reason == choice.reason
 
 
 def test_max_time_ends_the_answer_with_what_there_is(load):
@@ -259,7 +301,7 @@ def test_closing_a_stream_early_frees_its_slot(load):
     engine = load(lambda prompt: ENDLESS, context_length=100_000)
     run = engine.start(engine.prepare(chat("one", max_tokens=90_000, n=2, repetition_guard=False)))
     stream = iter(run)
-    assert next(stream)[2] is None
+    assert next(stream).reason is None
     stream.close()
     assert [job.ending() for job in run.jobs] == ["cancelled"] * 2
     assert answer(engine, chat("two", max_tokens=3)).choices[0].reason == "max_tokens"

@@ -33,6 +33,7 @@ READS = {
     "repetition_penalty": "a number above 0 up to 10",
     "repeat_last_n": "an integer of at least -1",
     "max_time": "a number above 0",
+    "top_logprobs": "an integer from 0 to 20",
 }
 EDGES = {
     "temperature": ([0, 0.0, TINY, 1, 2, 2.0], [-TINY, -1, math.nextafter(2, 3), 3]),
@@ -47,6 +48,7 @@ EDGES = {
     "repetition_penalty": ([TINY, 1, 10], [0, -1, math.nextafter(10, 11)]),
     "repeat_last_n": ([-1, 0, 64, 10**30], [-2, 0.5]),
     "max_time": ([TINY, 1, 1e300], [0, -1, 10**400]),
+    "top_logprobs": ([0, 1, 20, 20.0], [-1, 21, 0.5]),
 }
 NOT_NUMBERS = [True, False, "1", "", b"1", None, [], [1], {}, 1j, Decimal(1), math.nan, math.inf, -math.inf, np.True_]
 NOT_NUMBERS += [np.array([1, 2]), np.float32(np.nan), object]

@@ -4,6 +4,7 @@ Run: pytest tests/test_options_effect.py
 """
 
 import json
+import math
 import random
 import re
 import shutil
@@ -161,6 +162,28 @@ def test_a_stop_sequence_is_never_streamed_and_taken_back(loaded, builder):
     pieces = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
     assert "".join(pieces) == whole[: whole.index(stop)]
     assert chunks[-1]["custom_outputs"]["stop_reason"] == ["stop_sequence"]
+
+
+@builders
+def test_log_probabilities_tell_how_sure_the_model_was_of_each_token(loaded, builder):
+    asked = {"messages": [{"role": "user", "content": QUESTION}]}
+    given = {"logprobs": True, "top_logprobs": 3}
+    (whole,) = loaded[builder].predict(asked, params=given)
+    (choice,) = whole["choices"]
+    content = choice["logprobs"]["content"]
+    said = b"".join(bytes(token["bytes"]) for token in content).decode().lstrip(" ")
+    assert said == choice["message"]["content"]
+    for token in content:
+        # Greedy: what was sampled is the likeliest.
+        assert token["top_logprobs"][0] == {key: token[key] for key in ("token", "logprob", "bytes")}
+        logprobs = [each["logprob"] for each in token["top_logprobs"]]
+        assert logprobs == sorted(logprobs, reverse=True)
+        assert len(logprobs) == 3
+        assert sum(map(math.exp, logprobs)) <= 1 + 1e-9
+    chunks = list(loaded[builder].predict_stream(asked, params=given))
+    streamed = [token for chunk in chunks for token in chunk["choices"][0].get("logprobs", {"content": []})["content"]]
+    assert [token["bytes"] for token in streamed] == [token["bytes"] for token in content]
+    assert "logprobs" not in loaded[builder].predict(asked)[0]["choices"][0]
 
 
 @builders

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from phi3_mlflow.runtime.options import Options
-from phi3_mlflow.runtime.sampling import Sampler
+from phi3_mlflow.runtime.sampling import Sampler, logprob
 
 RNG = np.random.default_rng(7)
 LOGITS = RNG.normal(0, 2, 300).astype(np.float32)
@@ -248,3 +248,22 @@ def test_logits_that_are_no_numbers_are_an_error_and_not_an_answer(temperature):
     broken[5] = np.nan
     with pytest.raises(ArithmeticError, match="not a number"):
         Sampler(Options(temperature=temperature), [])(broken)
+
+
+def test_the_log_probability_is_the_models_own_whatever_the_options_do_to_the_logits():
+    weights = [math.exp(float(logit)) for logit in LOGITS]
+    ranked = sorted(range(len(weights)), key=lambda token: -weights[token])
+    for token in (0, 17, ranked[0], ranked[-1]):
+        told = logprob(LOGITS, token, 5)
+        assert (told.token, told.logprob) == (token, pytest.approx(math.log(weights[token] / sum(weights))))
+        assert [likely for likely, _ in told.top] == ranked[:5]
+        assert [value for _, value in told.top] == pytest.approx(
+            [math.log(weights[i] / sum(weights)) for i in ranked[:5]]
+        )
+    assert logprob(LOGITS, 3, 0).top == ()
+
+
+def test_of_equally_likely_tokens_the_lowest_ids_are_named():
+    told = logprob(np.zeros(9, np.float32), 8, 3)
+    assert told.top == tuple((token, pytest.approx(-math.log(9))) for token in (0, 1, 2))
+    assert logprob(np.array([1000, -1000], np.float32), 1, 2).top == ((0, 0.0), (1, -2000.0))

@@ -1,8 +1,11 @@
 """Run with: python -m pytest tests/test_scheduler.py"""
 
+import itertools
 import queue
 import random
+import re
 import threading
+import time
 from functools import partial
 
 import pytest
@@ -12,8 +15,9 @@ from hypothesis import strategies as st
 
 from phi3_mlflow.runtime.errors import Busy
 from phi3_mlflow.runtime.generation import Generation
+from phi3_mlflow.runtime.jobs import Job
 from phi3_mlflow.runtime.options import Options
-from phi3_mlflow.runtime.scheduler import Job, Scheduler
+from phi3_mlflow.runtime.scheduler import Scheduler
 from phi3_mlflow.runtime.stops import Stops
 
 PATIENCE = 120  # seconds; only a broken scheduler takes as long
@@ -82,8 +86,8 @@ def start():
     """Starts schedulers, and closes them after the test."""
     started = []
 
-    def begin(decoder):
-        started.append(Scheduler(decoder))
+    def begin(decoder, renew_after=None, **values):
+        started.append(Scheduler(decoder, renew_after=renew_after, **values))
         return started[-1]
 
     yield begin
@@ -151,6 +155,119 @@ def test_tokens_that_decoding_wrote_are_not_used_again(start):
     assert decoder.calls[0] == ("rewind", 0, [8])
 
 
+def test_idle_time_turns_an_answer_into_what_prefill_writes(start):
+    decoder = FakeDecoder(lambda prompt: LETTERS[10:19], on_call=lambda name, slot, ids: renewed(name, ids))
+    done = threading.Event()
+
+    def renewed(name, ids):
+        if name == "prefill" and ids == LETTERS[12:16] and decoder.count("decode") == 9:
+            done.set()
+
+    scheduler = start(decoder, renew_after=0.0)
+    turn = LETTERS[:10]
+    ask(scheduler, turn, 20).result()
+    assert done.wait(PATIENCE)
+    decoder.calls.clear()
+    asked = ask(scheduler, LETTERS[:24], 3)
+    asked.result()
+    # 19 tokens are known: the prompt's last two and the answer's first six were computed again, in whole chunks.
+    assert asked.job.reused == 16
+    assert decoder.calls[:2] == [("rewind", 0, [16]), ("prefill", 0, LETTERS[16:20])]
+
+
+def test_what_idle_time_computes_again_is_what_a_fresh_run_gives(start):
+    decoder = FakeDecoder(slots=2)
+    scheduler = start(decoder, renew_after=0.0)
+    prompt, known, rng = LETTERS[:5], 0, random.Random(0)
+    for _ in range(8):
+        asked = ask(scheduler, prompt, 4, kind=Recorded)
+        assert asked.result() == alone(prompt, 4)
+        assert asked.job.reused == known // 4 * 4
+        settle(scheduler)
+        known = len(prompt) + len(asked.job.generation.said)
+        prompt = [*prompt, *asked.job.generation.said, *rng.choices(LETTERS, k=3)]
+
+
+class Recorded(Generation):
+    """Remembers the tokens that it gave to be decoded."""
+
+    said = ()
+
+    def accept(self, logits):
+        step = super().accept(logits)
+        self.said = (*self.said, *([] if step.token is None else [step.token]))
+        return step
+
+
+def settle(scheduler):
+    """Waits until idle time has done what it can."""
+    limit = time.monotonic() + PATIENCE
+    while scheduler._renewable() or not idle(scheduler):
+        assert time.monotonic() < limit
+        time.sleep(0.001)
+
+
+def test_a_request_that_comes_while_an_answer_is_computed_again_is_served_at_once(start):
+    came = []
+
+    def on_call(name, slot, ids):
+        if name == "prefill" and decoder.count("decode") == 12 and not came:
+            came.append(ask(scheduler, [*LETTERS[:9], 7], 2))  # in the middle of it
+
+    decoder = FakeDecoder(lambda prompt: LETTERS[4:16] if len(prompt) == 4 else [], on_call=on_call)
+    scheduler = start(decoder, renew_after=0.0)
+    ask(scheduler, LETTERS[:4], 20).result()
+    while not came:
+        time.sleep(0.001)
+    assert came[0].result() == ("", "eos", 1)
+    assert came[0].job.reused == 8  # the chunk that had been computed again too
+
+
+def test_a_decoder_that_fails_in_idle_time_is_not_tried_again_and_the_next_answer_is_right(start, caplog):
+    failed = []
+
+    def on_call(name, slot, ids):
+        if name == "prefill" and decoder.count("decode") == 5 and not failed:
+            failed.append(name)
+            raise Failure
+
+    decoder = FakeDecoder(on_call=on_call)
+    scheduler = start(decoder, renew_after=0.0)
+    assert ask(scheduler, LETTERS[:4]).result() == alone(LETTERS[:4])
+    settle(scheduler)
+    assert failed
+    assert ask(scheduler, LETTERS[:9]).result() == alone(LETTERS[:9])
+
+
+def test_all_tokens_are_used_again_where_that_is_asked_for(start):
+    decoder = FakeDecoder(lambda prompt: LETTERS[6:12])
+    scheduler = start(decoder, reuse="all")
+    ask(scheduler, LETTERS[:6], 20).result()
+    decoder.calls.clear()
+    asked = ask(scheduler, LETTERS[:15], 3)
+    asked.result()
+    assert asked.job.reused == 12
+    assert decoder.calls[:2] == [("rewind", 0, [12]), ("prefill", 0, LETTERS[12:15])]
+    asked = ask(scheduler, [*LETTERS[:7], 7], 3)  # the history was edited
+    asked.result()
+    assert asked.job.reused == 7
+
+
+def test_all_tokens_are_copied_from_a_slot_that_is_in_use_where_that_is_asked_for(start):
+    came = []
+
+    def on_call(name, slot, ids):
+        if name == "decode" and decoder.count("decode") == 5 and not came:
+            came.append(ask(scheduler, LETTERS[:20], 2))
+
+    decoder = FakeDecoder(lambda prompt: LETTERS[len(prompt) :], slots=2, on_call=on_call)
+    scheduler = start(decoder, reuse="all")
+    first = ask(scheduler, LETTERS[:6], 16)
+    assert first.result()[1] == "max_tokens"
+    assert came[0].result()[0] == TOKENS.decode(LETTERS[20:22], strip=False)
+    assert came[0].job.reused == 11  # the prompt and five tokens of the answer in the making
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     slots=st.integers(1, 3),
@@ -158,7 +275,7 @@ def test_tokens_that_decoding_wrote_are_not_used_again(start):
     prompts=st.lists(st.lists(st.sampled_from(LETTERS[:2]), min_size=1, max_size=14), min_size=2, max_size=8),
 )
 def test_reuse_never_changes_an_answer(slots, chunk, prompts):
-    scheduler = Scheduler(FakeDecoder(slots=slots, chunk=chunk))
+    scheduler = Scheduler(FakeDecoder(slots=slots, chunk=chunk), renew_after=0.0)
     try:
         asked = [ask(scheduler, prompt) for prompt in prompts]
         for prompt, asked_one in zip(prompts, asked, strict=True):
@@ -189,6 +306,41 @@ def test_waiting_jobs_start_in_the_order_in_which_they_came(start):
     for one in asked:
         one.result()
     assert [ids[0] for name, _, ids in decoder.calls if name == "prefill"] == LETTERS[:6]
+
+
+def test_requests_with_many_jobs_take_turns(start):
+    decoder = FakeDecoder(lambda prompt: [], on_call=(gate := Gate()))
+    scheduler = start(decoder)
+    asked = [ask(scheduler, [5])]  # holds the slot until all have come
+    assert gate.reached.wait(PATIENCE)
+    tables = [[Ask([at, at]) for at in LETTERS[:3]], [Ask([at, at]) for at in LETTERS[3:6]], [Ask([LETTERS[6]])]]
+    for table in tables:
+        scheduler.submit(*(one.job for one in table))
+    gate.open.set()
+    for one in [*asked, *itertools.chain(*tables)]:
+        one.result()
+    served = [ids[0] for name, _, ids in decoder.calls if name == "prefill"][1:]
+    assert served == [LETTERS[at] for at in (0, 3, 6, 1, 4, 2, 5)]
+
+
+def test_jobs_of_one_request_that_begin_alike_follow_each_other_in_the_only_slot(start):
+    decoder = FakeDecoder(lambda prompt: [])
+    documents = [LETTERS[:8], LETTERS[8:16]]
+    asked = [Ask([*documents[at % 2], 5 + at]) for at in range(8)]
+    start(decoder).submit(*(one.job for one in asked))
+    for one in asked:
+        one.result()
+    assert sorted(one.job.reused for one in asked) == [0] * 2 + [8] * 6
+
+
+def test_with_several_slots_the_longest_jobs_of_a_request_come_first(start):
+    decoder = FakeDecoder(lambda prompt: [], slots=2, chunk=16, on_call=(gate := Gate()))
+    asked = [Ask(LETTERS[:length]) for length in (3, 9, 1, 7)]
+    start(decoder).submit(*(one.job for one in asked))
+    gate.open.set()
+    for one in asked:
+        one.result()
+    assert [len(ids) for name, _, ids in decoder.calls if name == "prefill"] == [9, 7, 3, 1]
 
 
 def test_a_long_prompt_does_not_stop_the_others(start):
@@ -493,6 +645,32 @@ def test_a_prefix_is_copied_where_the_slot_would_lose_what_comes_after_it(start)
     ask(scheduler, LETTERS[:17]).result()
     assert decoder.prefilled() == [0]  # the first prompt was left whole
     assert decoder.calls[0] == ("rewind", 0, [16])
+
+
+def test_a_request_that_waits_too_long_to_be_begun_is_told_to_come_back(start):
+    hold = threading.Event()
+    decoder = FakeDecoder(lambda prompt: LETTERS, on_call=lambda name, slot, ids: hold.wait(0.01), context_length=999)
+    scheduler = start(decoder, queue_timeout=0.1)
+    running = ask(scheduler, [5], 900)
+    waiting = [Ask([6]), Ask([7])]
+    scheduler.submit(*(one.job for one in waiting))
+    for one in waiting:
+        refused = one.result()
+        assert isinstance(refused, Busy)
+        assert re.fullmatch(r"the request waited for its turn for 0.1 seconds; try again in \d+ seconds?", str(refused))
+    running.job.cancel()
+    hold.set()
+    assert running.result()[1] == "cancelled"
+    assert ask(scheduler, [6], 3).result() == ("abc", "max_tokens", 3)
+
+
+def test_a_request_that_was_begun_may_wait_for_the_rest_of_it(start):
+    hold = threading.Event()
+    decoder = FakeDecoder(lambda prompt: LETTERS[:9], on_call=lambda name, slot, ids: hold.wait(0.02))
+    scheduler = start(decoder, queue_timeout=0.1)
+    table = [Ask([token]) for token in LETTERS[:4]]  # each takes 0.2 seconds
+    scheduler.submit(*(one.job for one in table))
+    assert [one.result()[:2] for one in table] == [("abcdef", "max_tokens")] * 4
 
 
 def test_the_queue_takes_as_many_requests_as_it_may(start):

@@ -20,13 +20,13 @@ import phi3_mlflow
 from phi3_mlflow import runtime
 from phi3_mlflow.runtime.chat import Task
 from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error
-from phi3_mlflow.runtime.model import check_config
+from phi3_mlflow.runtime.settings import check_config
 from phi3_mlflow.runtime.signatures import TASKS
 from phi3_mlflow.targets import AZURE_TASK, adapted
 from phi3_mlflow.weights import Weights
 
 # What the runtime imports, whichever decoder it drives.
-_BASE_REQUIREMENTS = ("mlflow", "jinja2", "llguidance", "numpy", "pandas", "tokenizers")
+_BASE_REQUIREMENTS = ("mlflow", "jinja2", "llguidance", "numpy", "pandas", "tokenizers", "tqdm")
 
 
 Target = Literal["mlflow", "azure"]

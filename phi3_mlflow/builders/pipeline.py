@@ -14,7 +14,7 @@ from mlflow.models.model import ModelInfo
 
 from phi3_mlflow.runtime import manifest
 from phi3_mlflow.runtime.chat import Task
-from phi3_mlflow.runtime.model import refuse_batching
+from phi3_mlflow.runtime.settings import refuse_batching
 from phi3_mlflow.runtime.signatures import input_example, signature
 from phi3_mlflow.runtime.tokens import Tokens
 from phi3_mlflow.weights import Weights, resolve

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from .errors import InvalidRequest, shorten
 from .generation import StopReason, finish_reason
-from .options import NAMES, Options
+from .options import NAMES, RANGES, Options
 from .tokens import ROLES
 
 Task = Literal["llm/v1/chat", "llm/v1/completions", "flat"]
@@ -30,13 +30,34 @@ class Request:
     field: str = "messages"
 
 
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely a token of an answer was, and the likeliest tokens for its place."""
+
+    start: int  # character of the answer at which its text begins
+    token: bytes  # UTF-8, part of a character maybe
+    logprob: float  # natural logarithm
+    top: tuple[tuple[bytes, float], ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a request under way brings: some text of one of its choices, its end, or both."""
+
+    choice: int
+    text: str
+    reason: StopReason | None
+    logprobs: Sequence[TokenLogprob] | None  # None where they were not asked for
+
+
 @dataclass
 class Choice:
-    """One finished answer."""
+    """One answer, as far as it has come."""
 
-    text: str
-    reason: StopReason
-    tokens: int  # sampled, the end token and trimmed stop tokens included
+    text: str = ""
+    reason: StopReason = "max_tokens"  # once it has ended
+    tokens: int = 0  # sampled, the end token and trimmed stop tokens included
+    logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass
@@ -76,6 +97,11 @@ def parse_completion(body: Mapping[str, Any], defaults: Options, *, template: bo
     prompt = _check_text("prompt", values.pop("prompt", None))
     if values.get("context_overflow") == "drop_oldest":
         raise InvalidRequest("context_overflow", "is 'drop_oldest', and a prompt has no turns to drop; use 'error'")
+    if "top_logprobs" in values:
+        raise InvalidRequest("top_logprobs", "is for chats; give the number as `logprobs`, as in OpenAI's completions")
+    if "logprobs" in values:
+        values["top_logprobs"] = RANGES["top_logprobs"].check("logprobs", values["logprobs"])
+        values["logprobs"] = True
     options = _parse_options(values, defaults)
     return Request(({"role": "user", "content": prompt},) if template else prompt, options, "prompt")
 
@@ -96,6 +122,8 @@ def parse_flat(body: Mapping[str, Any], defaults: Options, *, template: bool) ->
         raise InvalidRequest("prompt", "is given together with `messages`; give one of them")
     else:
         request = parse_chat(values, defaults)
+    if request.options.logprobs:
+        raise InvalidRequest("logprobs", "is given, and the answer is one string without a place for it; leave it out")
     if request.options.n != 1:
         raise InvalidRequest("n", f"is {request.options.n}; it must be 1, because the answer is one string")
     return request
@@ -107,7 +135,8 @@ def completion(answer: Answer, task: Task, model: str) -> dict[str, Any]:
     choices = []
     for index, choice in enumerate(answer.choices):
         body = {"message": {"role": "assistant", "content": choice.text}} if chat else {"text": choice.text}
-        choices.append({"index": index, **body, "finish_reason": finish_reason(choice.reason)})
+        ended = {"finish_reason": finish_reason(choice.reason)}
+        choices.append({"index": index, **body, **ended, **_logprobs(choice.logprobs, chat=chat)})
     return {
         **_head(answer, "chat.completion" if chat else "text_completion", model),
         "choices": choices,
@@ -115,32 +144,65 @@ def completion(answer: Answer, task: Task, model: str) -> dict[str, Any]:
     }
 
 
-def chunk(answer: Answer, task: Task, model: str, index: int, text: str, *, first: bool) -> dict[str, Any]:
+def chunk(answer: Answer, task: Task, model: str, piece: Piece, *, first: bool) -> dict[str, Any]:
     """A piece of a streamed answer.
 
     Args:
         answer: what is known of the whole; its id, time and choices are read.
         task: the shape to give the chunk.
         model: the model's name.
-        index: which choice it belongs to.
-        text: what is new.
+        piece: what is new.
         first: whether it opens the choice; a chat chunk then carries the role.
     """
     chat = task == "llm/v1/chat"
-    delta = {"role": "assistant", "content": text} if first else {"content": text}
-    body: dict[str, Any] = {"delta": delta} if chat else {"text": text}
-    choice = {"index": index, **body, "finish_reason": None}
+    delta = {"role": "assistant", "content": piece.text} if first else {"content": piece.text}
+    body: dict[str, Any] = {"delta": delta} if chat else {"text": piece.text}
+    choice = {"index": piece.choice, **body, "finish_reason": None, **_logprobs(piece.logprobs, chat=chat)}
     return {**_head(answer, "chat.completion.chunk" if chat else "text_completion", model), "choices": [choice]}
 
 
-def last_chunk(
-    answer: Answer, task: Task, model: str, index: int, reason: StopReason, *, whole: bool
-) -> dict[str, Any]:
-    """The chunk that ends a choice; `whole` says that it ends the answer too and carries the usage."""
+def last_chunk(answer: Answer, task: Task, model: str, piece: Piece, *, whole: bool) -> dict[str, Any]:
+    """The chunk that ends the piece's choice; `whole` says that it ends the answer too and carries the usage."""
+    assert piece.reason is not None
     body: dict[str, Any] = {"delta": {}} if task == "llm/v1/chat" else {"text": ""}
-    choice = {"index": index, **body, "finish_reason": finish_reason(reason)}
+    choice = {"index": piece.choice, **body, "finish_reason": finish_reason(piece.reason)}
     kind = "chat.completion.chunk" if task == "llm/v1/chat" else "text_completion"
     return {**_head(answer, kind, model), "choices": [choice], **(_tail(answer) if whole else {})}
+
+
+def _logprobs(told: Sequence[TokenLogprob] | None, *, chat: bool) -> dict[str, Any]:
+    """OpenAI's shape, of chat completions or of the older completions; nothing where they were not asked for."""
+    if told is None:
+        return {}
+    if chat:
+        content = [
+            {
+                **_chat_logprob(each.token, each.logprob),
+                "top_logprobs": [_chat_logprob(token, logprob) for token, logprob in each.top],
+            }
+            for each in told
+        ]
+        return {"logprobs": {"content": content}}
+    return {
+        "logprobs": {
+            "tokens": [_token_text(each.token) for each in told],
+            "token_logprobs": [each.logprob for each in told],
+            "top_logprobs": [{_token_text(token): logprob for token, logprob in each.top} for each in told],
+            "text_offset": [each.start for each in told],
+        }
+    }
+
+
+def _chat_logprob(token: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": _token_text(token), "logprob": logprob, "bytes": list(token)}
+
+
+def _token_text(token: bytes) -> str:
+    """The token's text; where it is a part of a character its bytes, as OpenAI writes them."""
+    try:
+        return token.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
 
 
 def _head(answer: Answer, kind: str, model: str) -> dict[str, Any]:

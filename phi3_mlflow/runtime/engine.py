@@ -6,16 +6,19 @@ Knows nothing of MLflow, HTTP or JSON.
 import queue
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from .chat import Answer, Choice, Message, Request
+from .chat import Answer, Choice, Message, Piece, Request, TokenLogprob
 from .decoders.base import Decoder
 from .errors import InvalidRequest
-from .generation import Generation, Step, StopReason
+from .generation import Generation, Step
 from .grammar import Grammars
-from .scheduler import Job, Scheduler
+from .jobs import Job
+from .sampling import Logprob
+from .scheduler import Scheduler
 from .stops import Stops
 from .tokens import Tokens
 
@@ -24,21 +27,33 @@ DEFAULT_MAX_TOKENS = 512
 
 
 class Run:
-    """A request under way. Iterating it gives (choice, text, reason) as they come; the reason ends a choice.
+    """A request under way. Iterating it gives its pieces as they come.
 
     Closing the iterator early, or `cancel`, frees what the request holds within one step.
+
+    Attributes:
+        answer: what has come so far, of the pieces that were taken.
+        jobs: one for each choice.
+        on_end: called in the scheduler's thread when the last job has ended.
     """
 
-    def __init__(self, answer: Answer, generations: Sequence[Generation], deadline: float | None):
+    def __init__(self, answer: Answer, generations: Sequence[Generation], tokens: Tokens, deadline: float | None):
         self.answer = answer
         self._generations = generations
+        self._tokens = tokens
         self._events: queue.SimpleQueue[tuple[int, Step | Exception]] = queue.SimpleQueue()
+        self._running = len(generations)
+        self.on_end: Callable[[], object] = lambda: None
         self.jobs = [Job(g, partial(self._deliver, g.choice), deadline) for g in generations]
 
     def _deliver(self, choice: int, event: Step | Exception) -> None:
         self._events.put((choice, event))
+        if isinstance(event, Exception) or event.reason is not None:
+            self._running -= 1
+            if not self._running:
+                self.on_end()
 
-    def __iter__(self) -> Iterator[tuple[int, str, StopReason | None]]:
+    def __iter__(self) -> Iterator[Piece]:
         running = len(self.jobs)
         try:
             while running:
@@ -47,15 +62,24 @@ class Run:
                     raise event
                 self.answer.cached_tokens = self.jobs[0].reused
                 choice = self.answer.choices[index]
+                piece = Piece(index, event.text, event.reason, None)
+                if choice.logprobs is not None:
+                    told = [self._told(start, logprob) for start, logprob in event.logprobs]
+                    choice.logprobs += told
+                    piece = replace(piece, logprobs=told)
                 choice.text += event.text
                 choice.tokens = self._generations[index].sampled
                 if event.reason is not None:
                     choice.reason = event.reason
                     running -= 1
                 if event.text or event.reason is not None:
-                    yield index, event.text, event.reason
+                    yield piece
         finally:
             self.cancel()
+
+    def _told(self, start: int, told: Logprob) -> TokenLogprob:
+        piece = self._tokens.piece
+        return TokenLogprob(start, piece(told.token), told.logprob, tuple((piece(i), each) for i, each in told.top))
 
     def cancel(self) -> None:
         """Ends what is still going on. Harmless where nothing is."""
@@ -79,15 +103,15 @@ class Engine:
     Args:
         tokens: the tokenizer that came with the weights.
         decoder: the backend; the engine closes it.
-        queue_limit: how many requests may wait; None for any number.
+        scheduling: what Scheduler takes besides.
     """
 
-    def __init__(self, tokens: Tokens, decoder: Decoder, queue_limit: int | None = None):
+    def __init__(self, tokens: Tokens, decoder: Decoder, **scheduling: Any):
         self.tokens = tokens
         self.context_length = decoder.context_length
         self._eos = decoder.eos
         self._grammars = Grammars(tokens.tokenizer_json, tokens.vocab_size, decoder.eos)
-        self._scheduler = Scheduler(decoder, queue_limit)
+        self._scheduler = Scheduler(decoder, **scheduling)
 
     def prepare(self, request: Request, deadline: float | None = None) -> Run:
         """Checks all that depends on the model, without starting anything.
@@ -127,20 +151,32 @@ class Engine:
             )
             for choice in range(options.n)
         ]
-        answer = Answer(len(ids), [Choice("", "max_tokens", 0) for _ in generations], dropped)
-        return Run(answer, generations, deadline)
+        choices = [Choice(logprobs=[] if options.logprobs else None) for _ in generations]
+        return Run(Answer(len(ids), choices, dropped), generations, self.tokens, deadline)
 
-    def start(self, run: Run, *others: Run) -> Run:
-        """Hands prepared runs to the scheduler, as one request in its queue.
-
-        Returns:
-            The first of them.
+    def start(self, run: Run) -> Run:
+        """Hands a prepared run to the scheduler.
 
         Raises:
             Busy: too many requests are waiting already.
         """
-        self._scheduler.submit(*(job for each in (run, *others) for job in each.jobs))
+        self.start_all([run])
         return run
+
+    def start_all(self, runs: Sequence[Run]) -> Iterator[int]:
+        """Hands prepared runs to the scheduler, as one request in its queue.
+
+        Returns:
+            An iterator that gives the index of each run when it has ended, in that order.
+
+        Raises:
+            Busy: too many requests are waiting already.
+        """
+        ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for index, run in enumerate(runs):
+            run.on_end = partial(ended.put, index)
+        self._scheduler.submit(*(job for run in runs for job in run.jobs))
+        return (ended.get() for _ in runs)
 
     def close(self) -> None:
         """Ends everything that is under way, with an error, and frees the weights."""

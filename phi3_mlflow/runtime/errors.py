@@ -29,14 +29,13 @@ class Busy(Phi3Error):
     """Too many requests are waiting already.
 
     Args:
-        waiting: how many.
+        problem: what is the matter.
         seconds: after which a new attempt may succeed, estimated.
     """
 
-    def __init__(self, waiting: int, seconds: int):
+    def __init__(self, problem: str, seconds: int):
         self.seconds = seconds
-        requests = "1 request is" if waiting == 1 else f"{waiting} requests are"
-        super().__init__(f"{requests} waiting; try again in {seconds} second{'' if seconds == 1 else 's'}")
+        super().__init__(f"{problem}; try again in {seconds} second{'' if seconds == 1 else 's'}")
 
 
 class FormatError(Phi3Error):

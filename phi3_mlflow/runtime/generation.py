@@ -1,5 +1,6 @@
 """One answer in the making: logits in, a token or the end out. Pure: no model, no thread, no clock."""
 
+from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +9,7 @@ import numpy as np
 
 from .grammar import Grammar
 from .options import Options
-from .sampling import Sampler
+from .sampling import Logprob, Sampler, logprob
 from .stops import Stops
 from .tokens import TextDecoder
 
@@ -42,11 +43,14 @@ class Step:
         token: the id to be decoded next; None once the answer has ended.
         text: text that is final and may be shown.
         reason: why the answer ended; None while it goes on.
+        logprobs: where they are asked for, of each token whose text begins in `text`, with the character of the
+            whole answer at which it begins.
     """
 
     token: int | None
     text: str
     reason: StopReason | None = None
+    logprobs: Sequence[tuple[int, Logprob]] = ()
 
 
 class Generation:
@@ -91,6 +95,9 @@ class Generation:
         self._stops = stops
         self._grammar = grammar
         self._sampler = Sampler(options, prompt, choice)
+        self._top = options.top_logprobs if options.logprobs else None
+        self._written = self._shown = 0  # characters
+        self._told: deque[tuple[int, Logprob]] = deque()  # of tokens whose text is not shown yet
 
     def accept(self, logits: np.ndarray) -> Step:
         """Samples the next token.
@@ -98,7 +105,7 @@ class Generation:
         Args:
             logits: (vocabulary,) float32, for the position after the last token.
         """
-        logits = logits[: self._vocab_size]
+        raw = logits = logits[: self._vocab_size]
         if self._grammar is not None:
             logits = self._grammar.mask(logits)
         token = self._sampler(logits)
@@ -107,24 +114,34 @@ class Generation:
             return self.end("eos")
         if self._grammar is not None:
             self._grammar.accept(token)
-        text, stopped = self._stops.step(self._text.step(token))
+        written = self._text.step(token)
+        if self._top is not None:
+            self._told.append((self._written, logprob(raw, token, self._top)))
+            self._written += len(written)
+        text, stopped = self._stops.step(written)
         if stopped is not None:
-            return Step(None, text, stopped)
+            return self._step(None, text, stopped)
         if self._grammar is not None and self._grammar.finished:
             return self._after(text, "eos")
         if self.sampled >= self._max_tokens:
             return self._after(text, self._limit)
-        return Step(token, text)
+        return self._step(token, text)
 
     def end(self, reason: StopReason) -> Step:
         """Ends the answer here and releases what was held back."""
-        text, stopped = self._stops.step(self._text.flush())
-        if stopped is not None:
-            return Step(None, text, stopped)
-        text += self._stops.flush()
-        _, stopped = self._stops.step("")  # a guard may have found a stop in what was held back
-        return Step(None, text, stopped or reason)
+        return self._after("", reason)
 
     def _after(self, text: str, reason: StopReason) -> Step:
-        last = self.end(reason)
-        return Step(None, text + last.text, last.reason)
+        rest, stopped = self._stops.step(self._text.flush())
+        text += rest
+        if stopped is None:
+            text += self._stops.flush()
+            _, stopped = self._stops.step("")  # a guard may have found a stop in what was held back
+        return self._step(None, text, stopped or reason)
+
+    def _step(self, token: int | None, text: str, reason: StopReason | None = None) -> Step:
+        self._shown += len(text)
+        told = []
+        while self._told and self._told[0][0] < self._shown:
+            told.append(self._told.popleft())
+        return Step(token, text, reason, told)

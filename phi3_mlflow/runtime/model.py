@@ -8,7 +8,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,21 +23,23 @@ from mlflow.protos.databricks_pb2 import (
     RESOURCE_EXHAUSTED,
     TEMPORARILY_UNAVAILABLE,
 )
+from tqdm.auto import tqdm
 
-from . import FORMAT, manifest
+from . import manifest
 from .chat import Request, Task, chunk, completion, last_chunk, parse_chat, parse_completion, parse_flat
 from .decoders.base import Decoder
 from .engine import Engine, Run
-from .errors import Busy, FormatError, InvalidRequest, shorten
-from .options import NAMES, Options, Range
-from .signatures import RESPONSE_FORMAT_OMITTED, TASKS
-from .sizes import Bytes
+from .errors import Busy, InvalidRequest
+from .settings import default_options, refuse_batching, settings_of
+from .signatures import RESPONSE_FORMAT_OMITTED
 from .tokens import Tokens
 
 _logger = logging.getLogger(__name__)
 
 # How many requests may wait where the model_config does not say.
 DEFAULT_QUEUE_LIMIT = 64
+# Seconds after which `predict` shows how many rows it has answered.
+PROGRESS_AFTER = 2.0
 
 # Set by mlflow.pyfunc.scoring_server when it serves a model.
 _SERVING_FLAG = "_MLFLOW_IS_IN_SERVING_ENVIRONMENT"
@@ -138,13 +140,12 @@ class Predictor:
             with _clean_errors(place):
                 runs.append(self._engine.prepare(self._parse(_clean_row(row), params), deadline))
         try:
-            answers = []
-            if runs:
-                with _clean_errors():
-                    self._engine.start(*runs)
-            for run, place in zip(runs, places, strict=True):
-                with _clean_errors(place):
-                    answers.append(self._response(run, deadline, place))
+            answers: list[Any] = [None] * len(runs)
+            with _clean_errors():
+                ended = self._engine.start_all(runs)
+            for index in _progress(ended, len(runs)):
+                with _clean_errors(places[index]):
+                    answers[index] = self._response(runs[index], deadline, places[index])
             return answers
         finally:
             for run in runs:
@@ -196,18 +197,19 @@ class Predictor:
         ended = 0
         try:
             with _clean_errors():
-                for index, text, reason in self._engine.start(run):
+                for piece in self._engine.start(run):
                     if self._task == "flat":
-                        if text:
-                            yield text
+                        if piece.text:
+                            yield piece.text
                         continue
-                    if text or index not in opened:
-                        yield chunk(run.answer, self._task, self._name, index, text, first=index not in opened)
-                        opened.add(index)
-                    if reason is not None:
+                    first = piece.choice not in opened
+                    if piece.text or first:
+                        yield chunk(run.answer, self._task, self._name, piece, first=first)
+                        opened.add(piece.choice)
+                    if piece.reason is not None:
                         ended += 1
                         whole = ended == len(run.answer.choices)
-                        yield last_chunk(run.answer, self._task, self._name, index, reason, whole=whole)
+                        yield last_chunk(run.answer, self._task, self._name, piece, whole=whole)
         finally:
             run.cancel()
 
@@ -242,13 +244,20 @@ def load_onnx(folder: Path, config: Mapping[str, Any]) -> Predictor:
         FormatError, WeightsError: this runtime cannot read the model, or a file is missing or damaged.
         InvalidRequest: a setting is not allowed.
     """
-    settings = _check_settings(config)
+    settings = settings_of(config)
     manifest.verify(folder)
     return _predictor(Tokens.from_folder(folder), _onnx_decoder(folder, settings), settings, config)
 
 
 def _predictor(tokens: Tokens, decoder: Decoder, settings: Mapping[str, Any], config: Mapping[str, Any]) -> Predictor:
-    return Predictor(Engine(tokens, decoder, settings.get("queue_limit", DEFAULT_QUEUE_LIMIT)), config)
+    engine = Engine(
+        tokens,
+        decoder,
+        queue_limit=settings.get("queue_limit", DEFAULT_QUEUE_LIMIT),
+        queue_timeout=settings.get("queue_timeout"),
+        reuse=settings.get("prefix_reuse", "exact"),
+    )
+    return Predictor(engine, config)
 
 
 def _onnx_decoder(folder: Path, settings: Mapping[str, Any]) -> Decoder:
@@ -272,7 +281,7 @@ def load_pipeline(folder: Path, config: Mapping[str, Any]) -> Predictor:
         FormatError, WeightsError: this runtime cannot read the model, or a file is missing or damaged.
         InvalidRequest: a setting is not allowed.
     """
-    settings = _check_settings(config)
+    settings = settings_of(config)
     refuse_batching(config)
     manifest.verify(folder)
     import mlflow.transformers
@@ -287,61 +296,10 @@ def load_pipeline(folder: Path, config: Mapping[str, Any]) -> Predictor:
     return _predictor(Tokens.from_folder(folder / "components" / "tokenizer"), decoder, settings, config)
 
 
-SETTINGS: dict[str, Range | Bytes] = {
-    "context_length": Range("integer", 16),
-    "threads": Range("integer", 1, 1024),
-    "parallel": Range("integer", 1, 64),
-    "kv_budget": Bytes(),
-    "queue_limit": Range("integer", 1),
-}
-
-
-def default_options(config: Mapping[str, Any]) -> Options:
-    """The options that a model_config sets.
-
-    Raises:
-        InvalidRequest: an option's value is not allowed.
-    """
-    return Options().with_values({name: config[name] for name in NAMES if name in config})
-
-
-def check_config(config: Mapping[str, Any]) -> None:
-    """Checks a model_config that a user wrote: options and SETTINGS.
-
-    Raises:
-        InvalidRequest: an unknown name, or a value that is not allowed.
-    """
-    for name, value in config.items():
-        if name in SETTINGS:
-            SETTINGS[name].check(name, value)
-        elif name not in NAMES:
-            known = ", ".join([*SETTINGS, *NAMES])
-            raise InvalidRequest(name, f"is not a setting of the model; the settings are {known}")
-    if config.get("kv_budget") is not None and config.get("parallel") in (None, 1):
-        raise InvalidRequest("kv_budget", "is given, and it needs `parallel` above 1; set that too, or leave it out")
-    default_options(config)
-
-
-def refuse_batching(config: Mapping[str, Any]) -> None:
-    """Checks that a model_config asks for nothing that only the ONNX builder's models can do.
-
-    Raises:
-        InvalidRequest: it does.
-    """
-    if config.get("parallel") not in (None, 1):
-        problem = f"is {shorten(config['parallel'])}, and a transformers model answers one request at a time"
-        raise InvalidRequest("parallel", f"{problem}; leave it out, or use the ONNX builder")
-
-
-def _check_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    if config.get("format") != FORMAT:
-        raise FormatError(
-            f"the model has format {config.get('format')}, and this process runs a runtime that reads format "
-            f"{FORMAT}; load it in a process of its own, or with the version of phi3_mlflow that logged it"
-        )
-    if config.get("task", TASKS[0]) not in TASKS:
-        raise FormatError(f"the model's task is {config['task']!r}; it must be one of {', '.join(TASKS)}")
-    return {name: spec.check(name, config[name]) for name, spec in SETTINGS.items() if config.get(name) is not None}
+def _progress(ended: Iterator[int], total: int) -> Iterable[int]:
+    """Shows how many rows have been answered where that takes long, and not in a server's log."""
+    quiet = total < 2 or os.environ.get(_SERVING_FLAG) == "true"
+    return tqdm(ended, total=total, unit="row", delay=PROGRESS_AFTER, disable=quiet)
 
 
 def _server_deadline() -> float | None:

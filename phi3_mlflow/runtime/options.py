@@ -37,6 +37,8 @@ class Options:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     response_format: Mapping[str, Any] = field(default_factory=lambda: {"type": "text"})
     max_time: float | None = None
+    logprobs: bool = False
+    top_logprobs: int = 0
     context_overflow: Literal["error", "drop_oldest"] = "error"
     repetition_guard: bool = True
     self_talk_guard: bool = True
@@ -50,7 +52,12 @@ class Options:
         Raises:
             InvalidRequest: an unknown name, or a value of the wrong type or out of its range.
         """
-        return replace(self, **{name: check(name, value) for name, value in values.items() if value is not None})
+        given = {name: check(name, value) for name, value in values.items() if value is not None}
+        options = replace(self, **given)
+        if given.get("top_logprobs") and not options.logprobs:
+            problem = f"is {given['top_logprobs']}, and `logprobs` is not true; set that too, or leave this out"
+            raise InvalidRequest("top_logprobs", problem)
+        return options
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,19 @@ class Range:
         raise InvalidRequest(name, f"is {shorten(value)}; it must be {self}")
 
 
+@dataclass(frozen=True)
+class OneOf:
+    """One of a few words."""
+
+    words: tuple[str, ...]
+
+    def check(self, name: str, value: Any) -> str:
+        """The word; InvalidRequest where the value is none of them."""
+        if not isinstance(value, str) or value not in self.words:
+            raise InvalidRequest(name, f"is {shorten(value)}; it must be {' or '.join(map(repr, self.words))}")
+        return value
+
+
 RANGES = {
     "temperature": Range("number", 0, 2),
     "top_p": Range("number", 0, 1, above=True),
@@ -95,6 +115,7 @@ RANGES = {
     "repetition_penalty": Range("number", 0, 10, above=True),
     "repeat_last_n": Range("integer", -1),
     "max_time": Range("number", 0, above=True),
+    "top_logprobs": Range("integer", 0, 20),
 }
 NAMES = tuple(option.name for option in fields(Options))
 
@@ -124,10 +145,8 @@ def check(name: str, value: Any) -> Any:
                 )
             return value
         case "context_overflow":
-            if value not in ("error", "drop_oldest"):
-                raise InvalidRequest(name, f"is {shorten(value)}; it must be 'error' or 'drop_oldest'")
-            return value
-        case "repetition_guard" | "self_talk_guard":
+            return OneOf(("error", "drop_oldest")).check(name, value)
+        case "logprobs" | "repetition_guard" | "self_talk_guard":
             if not isinstance(value, bool):
                 raise InvalidRequest(name, f"is {shorten(value)}; it must be true or false")
             return value

@@ -3,10 +3,35 @@
 import sys
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from .options import Options
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """How likely the model found a token, and the likeliest tokens for its place: ids and natural logarithms."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # the likeliest first
+
+
+def logprob(logits: np.ndarray, token: int, top: int) -> Logprob:
+    """The log probability of a token by the model itself, before any option changes the logits.
+
+    Args:
+        logits: (vocabulary,) float32, as the model gave them.
+        token: the id that was sampled.
+        top: how many of the likeliest tokens to name; of equally likely ones the lowest ids.
+    """
+    shifted = logits.astype(np.float64) - logits.max()
+    logprobs = shifted - np.log(np.exp(shifted).sum())
+    likeliest = _most_likely(logprobs, top, 1.0) if top else np.empty(0, int)
+    likeliest = likeliest[np.argsort(-logprobs[likeliest], kind="stable")]
+    return Logprob(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in likeliest))
 
 
 class Sampler:

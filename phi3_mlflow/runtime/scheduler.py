@@ -8,86 +8,75 @@ import logging
 import math
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from .decoders.base import Decoder
 from .errors import Busy
-from .generation import Generation, Step, StopReason
+from .jobs import Job, Queue
 
 _logger = logging.getLogger(__name__)
 
-
-class Job:
-    """One answer that the scheduler is asked for.
-
-    Args:
-        generation: the answer in the making; the scheduler's thread alone touches it from now on.
-        deliver: called in the scheduler's thread with every Step, the last of which has a reason, or with the
-            exception that ended the job. It must return at once.
-        deadline: on time.monotonic()'s clock; the answer ends there with what it has. None for no limit.
-    """
-
-    def __init__(
-        self, generation: Generation, deliver: Callable[[Step | Exception], None], deadline: float | None = None
-    ):
-        self.generation = generation
-        self.reused = 0  # how many of the prompt's tokens did not have to be computed
-        self.request: object = self  # what it was submitted with
-        self.admitted = 0.0  # on time.monotonic()'s clock
-        self.deliver = deliver
-        self.deadline = deadline
-        self._cancelled = False
-
-    def cancel(self) -> None:
-        """Ends the job within one step. Safe from any thread, also when the job has ended already."""
-        self._cancelled = True
-
-    def ending(self) -> StopReason | None:
-        """Why the job must end now, if it must."""
-        if self._cancelled:
-            return "cancelled"
-        if self.deadline is not None and time.monotonic() >= self.deadline:
-            return "max_time"
-        return None
+Reuse = Literal["exact", "all"]
+# Seconds between two looks at the jobs that wait: there may be thousands, and a step may take a millisecond.
+_SWEEP = 0.05
 
 
 @dataclass
 class _Slot:
     index: int
     tokens: list[int] = field(default_factory=list)  # what the decoder's sequence holds
-    prefilled: int = 0  # how many of them, from the first, prefill wrote
+    usable: int = 0  # how many of them, from the first, another prompt may begin with
     job: Job | None = None
-    pending: Sequence[int] = ()  # the part of the prompt that is still to be prefilled
+    pending: Sequence[int] = ()  # what is still to be prefilled
     next: int | None = None  # sampled, not decoded yet
     turn: int = 0  # the job's place in the order of admission
     fresh: bool = False  # admitted, and no chunk prefilled yet
 
 
 class Scheduler:
-    """Runs jobs over a decoder, first come, first served.
+    """Runs jobs over a decoder, first come, first served; of several requests with many jobs one of each in turn.
 
-    A job starts from the slot whose tokens share the longest prefix with its prompt, or from a copy of it. Only whole
-    chunks that prefill wrote are used again, so that every token of a prompt is computed in the same company as in a
-    fresh run. A job waits until the decoder has room for its prompt and the longest answer it may give; idle slots
-    keep their tokens until the room is needed.
+    A job starts from the slot whose tokens share the longest prefix with its prompt, or from a copy of it. A job waits
+    until the decoder has room for its prompt and the longest answer it may give; idle slots keep their tokens until
+    the room is needed.
+
+    With `reuse` at "exact", only whole chunks that prefill wrote are used again, so that every token of a prompt is
+    computed in the same company as in a fresh run. What decoding wrote is close to that, and not bit-equal; so in idle
+    time it is computed once more, by prefill, for the next turn of the conversation. With "all" it is used as it is.
 
     Args:
         decoder: all its calls are made in the scheduler's own thread, which `close` ends.
         queue_limit: how many requests may wait for a slot; None for any number.
+        queue_timeout: how many seconds a request may wait until it is begun; None for any time.
+        reuse: which keys and values of earlier prompts and answers a prompt may begin with.
+        renew_after: seconds without work after which answers are prefilled again; None for never.
     """
 
-    def __init__(self, decoder: Decoder, queue_limit: int | None = None):
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        queue_limit: int | None = None,
+        queue_timeout: float | None = None,
+        reuse: Reuse = "exact",
+        renew_after: float | None = 1.0,
+    ):
         self._decoder = decoder
         self._queue_limit = queue_limit
+        self._queue_timeout = queue_timeout
+        self._reuse = reuse
+        self._renew_after = renew_after if reuse == "exact" else None
         self._pace = 0.0  # seconds that a job takes from admission to its end, a moving average
         self._slots = [_Slot(index) for index in range(decoder.slots)]
-        self._waiting: deque[Job] = deque()
+        self._waiting = Queue()
         self._turns = itertools.count()
-        self._wake = threading.Condition()
+        self._swept = self._worked = time.monotonic()
+        self._wake = threading.Condition()  # its lock guards the queue
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="phi3-scheduler", daemon=True)
         self._thread.start()
@@ -99,20 +88,25 @@ class Scheduler:
             Busy: as many requests as may are waiting already; none of the jobs was taken.
             RuntimeError: the scheduler is closed.
         """
-        for job in jobs:
-            job.request = jobs
+        if not jobs:
+            return
+        if len(self._slots) == 1:
+            # Prompts that begin alike come one after the other: the slot keeps what the last one began with.
+            ordered = sorted(jobs, key=lambda job: list(job.generation.prompt))
+        else:
+            # The longest first, so that the last ones to end together are short.
+            ordered = sorted(jobs, key=lambda job: -job.generation.most_tokens)
         with self._wake:
             if self._closed:
                 raise RuntimeError("the model was closed")
-            if self._queue_limit is not None:
-                waiting = len({id(job.request) for job in self._waiting})
-                if waiting >= self._queue_limit:
-                    raise Busy(waiting, self._patience())
-            self._waiting.extend(jobs)
+            if self._queue_limit is not None and len(self._waiting) >= self._queue_limit:
+                count = len(self._waiting)
+                raise Busy("1 request is waiting" if count == 1 else f"{count} requests are waiting", self._patience())
+            self._waiting.add(ordered)
             self._wake.notify()
 
     def _patience(self) -> int:
-        """Seconds until the jobs that wait will have been admitted, if they are like those before."""
+        """Seconds until a request that comes now is begun, if the jobs are like those before."""
         now = time.monotonic()
         jobs = [slot.job for slot in self._slots]  # the scheduler's thread goes on meanwhile
         running = [now - job.admitted for job in jobs if job is not None]
@@ -128,7 +122,7 @@ class Scheduler:
 
     def _run(self) -> None:
         while self._sleep_while_idle():
-            for step in (self._admit, self._end_overdue, self._prefill, self._decode):
+            for step in (self._sweep, self._admit, self._end_overdue, self._prefill, self._decode, self._renew):
                 try:
                     step()
                 except Exception as error:  # whatever a backend raises ends the answers in the making, not the thread
@@ -141,26 +135,47 @@ class Scheduler:
 
     def _sleep_while_idle(self) -> bool:
         with self._wake:
-            self._wake.wait_for(lambda: self._closed or self._waiting or any(slot.job for slot in self._slots))
+            timeout = None
+            if self._renew_after is not None and self._renewable():
+                timeout = max(0.0, self._worked + self._renew_after - time.monotonic())
+            self._wake.wait_for(self._has_work, timeout)
             return not self._closed
 
-    def _admit(self) -> None:
-        """Gives waiting jobs to free slots; jobs whose time is over while they wait end here."""
+    def _has_work(self) -> bool:
+        return bool(self._closed or self._waiting or any(slot.job for slot in self._slots))
+
+    def _sweep(self) -> None:
+        """Ends waiting jobs whose time is over."""
+        now = time.monotonic()
+        if not self._waiting or now < self._swept + _SWEEP:
+            return
+        self._swept = now
         with self._wake:
-            overdue = [job for job in self._waiting if job.ending()]
-            for job in overdue:
-                self._waiting.remove(job)
-        for job in overdue:
+            ending = self._waiting.remove_ending()
+            late = [] if self._queue_timeout is None else self._waiting.remove_unbegun(self._queue_timeout)
+        for job in ending:
             self._deliver_end(job)
+        if late:
+            busy = Busy(f"the request waited for its turn for {self._queue_timeout:g} seconds", self._patience())
+            for job in late:
+                job.deliver(busy)
+
+    def _admit(self) -> None:
+        """Gives waiting jobs to free slots."""
         while self._waiting and (free := [slot for slot in self._slots if slot.job is None]):
-            generation = self._waiting[0].generation
+            generation = self._waiting.first.generation
             running = sum(slot.job.generation.most_tokens for slot in self._slots if slot.job is not None)
             room = self._decoder.capacity - running - generation.most_tokens
             if room < 0:
                 return
+            with self._wake:
+                job = self._waiting.pop()
+            if job.ending():
+                self._deliver_end(job)
+                continue
             slot = self._choose(free, generation.prompt)
-            slot.job, slot.fresh, slot.next, slot.turn = self._waiting.popleft(), True, None, next(self._turns)
-            slot.job.admitted = time.monotonic()
+            slot.job, slot.fresh, slot.next, slot.turn = job, True, None, next(self._turns)
+            job.admitted = time.monotonic()
             self._keep(slot, self._reusable(slot, generation.prompt))
             slot.pending = generation.prompt[len(slot.tokens) :]
             free.remove(slot)
@@ -169,10 +184,9 @@ class Scheduler:
     def _choose(self, free: Sequence[_Slot], prompt: Sequence[int]) -> _Slot:
         """The free slot that loses nothing by beginning with the prompt, or else was used longest ago."""
         best = max(free, key=lambda slot: self._reusable(slot, prompt))
-        chunk = self._decoder.chunk
-        if len(self._slots) == 1 or best.prefilled // chunk == self._reusable(best, prompt) // chunk:
+        if len(self._slots) == 1 or best.usable - self._reusable(best, prompt) < self._unit:
             return best
-        return min(free, key=lambda slot: (slot.prefilled >= chunk, slot.turn))
+        return min(free, key=lambda slot: (slot.usable >= self._unit, slot.turn))
 
     def _evict(self, idle: Sequence[_Slot], room: int) -> None:
         """Forgets what idle slots keep, longest unused first, until the rest has room."""
@@ -186,16 +200,19 @@ class Scheduler:
         # Also where nothing is left over: a decoder that failed may hold more than the slot knows of.
         self._decoder.rewind(slot.index, length)
         del slot.tokens[length:]
-        slot.prefilled = length
+        slot.usable = length
+        slot.pending = ()
+
+    @property
+    def _unit(self) -> int:
+        """Prefixes are used again in multiples of so many tokens."""
+        return self._decoder.chunk if self._reuse == "exact" else 1
 
     def _reusable(self, slot: _Slot, prompt: Sequence[int]) -> int:
-        """How many of the slot's tokens a fresh run of the prompt would compute in just the same chunks."""
-        limit = min(slot.prefilled, len(prompt) - 1)
-        chunk = self._decoder.chunk
-        shared = 0
-        while shared + chunk <= limit and slot.tokens[shared : shared + chunk] == prompt[shared : shared + chunk]:
-            shared += chunk
-        return shared
+        """How many of the slot's tokens the prompt may begin with; at least one of its own is left to compute."""
+        limit = min(slot.usable, len(prompt) - 1)
+        shared = bisect_left(range(limit), True, key=lambda at: slot.tokens[: at + 1] != prompt[: at + 1])
+        return shared // self._unit * self._unit
 
     def _start(self, slot: _Slot, prompt: Sequence[int]) -> None:
         """Before the first chunk: begins with a copy of what another slot shares, if that is more.
@@ -207,7 +224,7 @@ class Scheduler:
         length = self._reusable(source, prompt)
         if length > len(slot.tokens):
             self._decoder.copy(source.index, slot.index, length)
-            slot.tokens, slot.prefilled, slot.pending = source.tokens[:length], length, prompt[length:]
+            slot.tokens, slot.usable, slot.pending = source.tokens[:length], length, prompt[length:]
 
     def _end_overdue(self) -> None:
         for slot in self._slots:
@@ -227,7 +244,7 @@ class Scheduler:
         chunk, slot.pending = slot.pending[: self._decoder.chunk], slot.pending[self._decoder.chunk :]
         logits = self._decoder.prefill(slot.index, chunk, last=not slot.pending)
         slot.tokens += chunk
-        slot.prefilled = len(slot.tokens)
+        slot.usable = len(slot.tokens)
         if logits is not None:
             self._accept(slot, logits)
 
@@ -239,8 +256,34 @@ class Scheduler:
         logits = self._decoder.decode(tokens)
         for index, token in tokens.items():
             self._slots[index].tokens.append(token)
+            if self._reuse == "all":
+                self._slots[index].usable += 1
         for index, row in logits.items():
             self._accept(self._slots[index], row)
+
+    def _renew(self) -> None:
+        """One chunk of an answer, which decoding wrote, by prefill; only after some time without any work."""
+        if self._renew_after is None or self._has_work() or time.monotonic() < self._worked + self._renew_after:
+            return
+        slot = max(self._renewable(), key=lambda slot: slot.turn, default=None)
+        if slot is None:
+            return
+        chunk = self._decoder.chunk
+        if not slot.pending:
+            kept, whole = (length // chunk * chunk for length in (slot.usable, len(slot.tokens)))
+            answer = slot.tokens[kept:whole]
+            self._keep(slot, kept)
+            slot.pending = answer
+        part, slot.pending = slot.pending[:chunk], slot.pending[chunk:]
+        self._decoder.prefill(slot.index, part, last=False)
+        slot.tokens += part
+        slot.usable = len(slot.tokens)
+
+    def _renewable(self) -> list[_Slot]:
+        """Idle slots of which another prompt could begin with more, were it prefilled."""
+        chunk = self._decoder.chunk
+        idle = [slot for slot in self._slots if slot.job is None and slot.usable]
+        return [slot for slot in idle if slot.pending or slot.usable // chunk < len(slot.tokens) // chunk]
 
     def _accept(self, slot: _Slot, logits: np.ndarray) -> None:
         assert slot.job is not None
@@ -255,9 +298,10 @@ class Scheduler:
 
     def _free(self, slot: _Slot) -> Job:
         """Takes the job out of its slot."""
-        job, slot.job = slot.job, None
+        job, slot.job, slot.pending = slot.job, None, ()
         assert job is not None
-        took = time.monotonic() - job.admitted
+        self._worked = time.monotonic()
+        took = self._worked - job.admitted
         self._pace += (took - self._pace) * (0.2 if self._pace else 1.0)
         return job
 
@@ -271,4 +315,5 @@ class Scheduler:
         for slot in self._slots:
             if slot.job is not None:
                 slot.job.deliver(error)
-                slot.job, slot.prefilled = None, 0
+                slot.job = None
+            slot.usable, slot.pending = 0, ()

@@ -29,13 +29,15 @@ _SCALARS = {
     "repetition_penalty": DataType.double,
     "repeat_last_n": DataType.long,
     "max_time": DataType.double,
+    "logprobs": DataType.boolean,
+    "top_logprobs": DataType.long,
     "context_overflow": DataType.string,
     "repetition_guard": DataType.boolean,
     "self_talk_guard": DataType.boolean,
 }
 _FLAT_ONLY = {"stop": DataType.string, "response_format": DataType.string, "logit_bias": DataType.string}
-# n answers do not fit into one string.
-_NOT_FLAT = {"n"}
+# n answers do not fit into one string, nor do numbers beside its tokens.
+_NOT_FLAT = {"n", "logprobs", "top_logprobs"}
 
 # MLflow allows no None for an Object: OpenAI's own default stands for "not given".
 RESPONSE_FORMAT_OMITTED = {"type": "text"}
@@ -68,7 +70,11 @@ def signature(task: Task) -> ModelSignature:
         params = [ParamSpec(name, kind, None) for name, kind in scalars.items()]
     else:
         present = inputs.input_names()
-        params = [ParamSpec(name, kind, None) for name, kind in _SCALARS.items() if name not in present]
+        scalars = {name: kind for name, kind in _SCALARS.items() if name not in present}
+        if task == "llm/v1/completions":
+            # In OpenAI's completions `logprobs` is a number and stands for both.
+            scalars["logprobs"] = scalars.pop("top_logprobs")
+        params = [ParamSpec(name, kind, None) for name, kind in scalars.items()]
         params.append(_RESPONSE_FORMAT)
     return ModelSignature(inputs=inputs, outputs=outputs, params=ParamSchema(params))
 

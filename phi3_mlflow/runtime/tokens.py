@@ -52,6 +52,7 @@ class Tokens:
         for token in config.get("added_tokens_decoder", {}).values():  # wins over tokenizer.json, as in transformers
             if (name := token["content"]) in self._added:
                 self._added[name] = {**self._added[name], "lstrip": token["lstrip"], "rstrip": token["rstrip"]}
+        self._names = {token["id"]: name.encode() for name, token in self._added.items()}
         self._added_pattern = re.compile("|".join(re.escape(t) for t in sorted(self._added, key=len, reverse=True)))
         self._bos = _prefix_ids(tokenizer_json, config, self._added)
         self._first, self._inner = _plain_tokenizers(parsed)
@@ -84,6 +85,10 @@ class Tokens:
     def control(self) -> dict[str, int]:
         """Ids of the control tokens by their text."""
         return {text: token["id"] for text, token in self._added.items()}
+
+    def piece(self, token: int) -> bytes:
+        """The UTF-8 bytes that a token stands for, part of a character maybe; for a control token its name."""
+        return self._pieces[token] or self._names.get(token, b"")
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The prompt for the next assistant message.
