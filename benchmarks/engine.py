@@ -1,39 +1,37 @@
-"""The engine against a bare onnxruntime-genai loop, on one folder, in alternation: prints a table with the machine.
+"""The engine against a bare onnxruntime-genai loop, and against llama.cpp where it is installed: in alternation.
 
-    python benchmarks/full_size.py && python benchmarks/engine.py            two cores: about 10 minutes
+    python benchmarks/full_size.py && python benchmarks/engine.py            two cores: about 12 minutes
     python benchmarks/engine.py --folder artifacts/onnx --tokens 24          a quick look at the embedded model
 
-All rates are of decoding: tokens per second between the first token and the last, while as many requests as the row
-says decode together and nobody prefills. Nothing else should run meanwhile.
+Prints two tables below the name of the machine. All rates are of decoding: tokens per second in all while so many
+requests decode together and nobody prefills. Nothing else should run meanwhile. llama_cpp_peer.py says how llama.cpp
+is installed.
 """
 
 import argparse
 import json
-import os
-import platform
 import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import llama_cpp_peer
 import numpy as np
 import onnxruntime_genai as og
 import pandas as pd
+from full_size import ROOT
 
-from phi3_mlflow.runtime.decoders.base import Decoder
-from phi3_mlflow.runtime.decoders.kv import machine_memory
+from phi3_mlflow import machine
 from phi3_mlflow.runtime.engine import Engine
 from phi3_mlflow.runtime.model import Predictor, _onnx_decoder
 from phi3_mlflow.runtime.tokens import Tokens
 
-ROOT = Path(__file__).resolve().parent.parent
-CONCURRENCIES = (1, 4, 8)
+CONCURRENCIES = (1, 2, 4, 8)
 PREFIX, NEW = 400, 16  # tokens, of the prefix measurement
-TICK = 0.01  # seconds that the thread sleeps which stands for a health check
 
 
 class Watched:
@@ -43,7 +41,7 @@ class Watched:
         calls: (start, end, rows) of each decode, and rows 0 for each prefill, in order.
     """
 
-    def __init__(self, decoder: Decoder):
+    def __init__(self, decoder: Any):
         self._decoder = decoder
         self.calls: list[tuple[float, float, int]] = []
 
@@ -68,7 +66,7 @@ class Watched:
         """Tokens per second in all, between neighbouring decodes of so many rows."""
         pairs = zip(self.calls, self.calls[1:], strict=False)
         steps = [after[1] - before[1] for before, after in pairs if before[2] == after[2] == rows]
-        return rows * len(steps) / sum(steps) if steps else float("nan")
+        return rows * len(steps) / sum(steps)
 
     def overhead(self) -> float:
         """Seconds per token between two decodes: sampling, stops and guards, the scheduler."""
@@ -77,11 +75,18 @@ class Watched:
 
 
 class Bench:
-    """One loaded model and what is asked of it."""
+    """One loaded model and what is asked of it.
+
+    Args:
+        folder: an onnxruntime-genai folder.
+        settings: of the model.
+    """
 
     def __init__(self, folder: Path, **settings: Any):
         self.watched = Watched(_onnx_decoder(folder, settings))
-        self.predictor = Predictor(Engine(Tokens.from_folder(folder), self.watched), {})
+        # What idle time computes for the next turn of a conversation would disturb the next measurement.
+        engine = Engine(Tokens.from_folder(folder), self.watched, renew_after=None)
+        self.predictor = Predictor(engine, {})
         self._random = random.Random(0)
         # The answers are as long as they are asked to be.
         self._params = {
@@ -94,24 +99,37 @@ class Bench:
         """A message that no other begins with, of about so many tokens (digits are tokens of their own)."""
         return "".join(self._random.choices("0123456789", k=tokens))
 
-    def ask(self, text: str, tokens: int) -> float:
-        """One request through predict; the seconds that it took."""
+    def ask(self, text: str, tokens: int, **options: Any) -> dict[str, Any]:
+        """The completion of one request through predict."""
         data = pd.DataFrame({"messages": [[{"role": "user", "content": text}]]})
-        start = time.perf_counter()
-        (answer,) = self.predictor.predict(data, params={**self._params, "max_tokens": tokens})
+        (answer,) = self.predictor.predict(data, params={**self._params, **options, "max_tokens": tokens})
         assert answer["usage"]["completion_tokens"] == tokens
+        return answer
+
+    def first_token(self, text: str) -> float:
+        """Seconds until the first token of an answer."""
+        start = time.perf_counter()
+        self.ask(text, 1)
         return time.perf_counter() - start
 
     def together(self, requests: int, prompt: int, tokens: int) -> float:
-        """Tokens per second while all of some requests decode that came one after the other."""
+        """Tokens per second while all of some requests decode that came one after the other.
+
+        Args:
+            requests: threads that call predict.
+            prompt: tokens of each prompt, about.
+            tokens: that all decode together, at least; those that came first give more.
+        """
         self.watched.calls.clear()
+        # While the last ones are prefilled, the first ones decode a token after each chunk.
+        chunks = -(-(prompt + 16) // self.watched.chunk)
         threads = [
-            threading.Thread(target=self.ask, args=(self.text(prompt), tokens * (2 if requests > 1 else 1)))
+            threading.Thread(target=self.ask, args=(self.text(prompt), tokens + chunks * (requests - 1)))
             for _ in range(requests)
         ]
         for thread in threads:
             thread.start()
-            time.sleep(0.05 * self._random.random())
+            time.sleep(0.001 * self._random.random())
         for thread in threads:
             thread.join()
         return self.watched.rate(requests)
@@ -130,114 +148,102 @@ def bare(model: og.Model, prompt: int, tokens: int) -> float:
     return (tokens - 1) / (time.perf_counter() - start)
 
 
-def stalls(bench: Bench, prompt: int, tokens: int) -> float:
-    """The 99th percentile, in seconds, of how late a sleeping thread wakes while requests are answered."""
-    late: list[float] = []
-    done = threading.Event()
-
-    def sleep() -> None:
-        while not done.is_set():
-            start = time.perf_counter()
-            time.sleep(TICK)
-            late.append(time.perf_counter() - start - TICK)
-
-    thread = threading.Thread(target=sleep)
-    thread.start()
-    bench.together(4, prompt, tokens)
-    done.set()
-    thread.join()
-    return float(np.quantile(late, 0.99))
-
-
-def resident() -> float:
-    """GiB of memory that this process uses now (Linux)."""
-    pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
-
-
-def machine() -> str:
-    """The machine in a line."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text("ascii").splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor()
-    return f"{name}, {os.cpu_count()} logical cores, {machine_memory() / 2**30:.0f} GiB, {platform.system()}"
-
-
-def measure(folder: Path, rounds: int, prompt: int, tokens: int, threads: int | None, context: int) -> dict[str, float]:
-    """Medians of all numbers by their names."""
-    settings = {"context_length": context} | ({"threads": threads} if threads else {})
-    before = resident()
-    batched = Bench(folder, parallel=max(CONCURRENCIES), **settings)
-    loaded = resident()
-    found: dict[str, list[float]] = defaultdict(list)
-    batched.together(max(CONCURRENCIES), prompt, tokens)
-    held = sum(batched.watched._kv.lengths) * batched.watched._kv.position_bytes / 2**30
-    above = resident() - loaded - held
-    genai = Bench(folder, **settings)
+def measure(asked: argparse.Namespace) -> dict[str, list[float]]:
+    """All numbers by their names, one for each round: rates in tokens/s, times in s; memory in GiB, once."""
+    settings = {"context_length": asked.context} | ({"threads": asked.threads} if asked.threads else {})
+    prompt, tokens = asked.prompt, asked.tokens
+    batched = Bench(asked.folder, parallel=max(CONCURRENCIES), **settings)
+    loaded = machine.resident()
+    machine.forget_peak()
+    batched.together(max(CONCURRENCIES), prompt, 4)
+    cache = sum(batched.watched._kv.lengths) * batched.watched._kv.position_bytes
+    memory = {"loaded": loaded, "cache": cache, "above": machine.peak() - loaded - cache}
+    genai = Bench(asked.folder, **settings)
     genai.ask(genai.text(prompt), 2)
-    for index in range(rounds):
-        print(f"round {index + 1} of {rounds}", flush=True)
-        found["bare loop"].append(bare(genai.watched._model, prompt, tokens))
+    peer = None
+    if asked.folder == FULL_SIZE and llama_cpp_peer.available():
+        if not llama_cpp_peer.FILE.exists():
+            llama_cpp_peer.make()
+        peer = llama_cpp_peer.LlamaCpp(threads=asked.threads)
+        peer.rate(1, prompt, 2)
+    found: dict[str, list[float]] = defaultdict(list)
+    for index in range(asked.rounds):
+        print(f"round {index + 1} of {asked.rounds}", flush=True)
+        found["bare"].append(bare(genai.watched._model, prompt, tokens))
         found["genai 1"].append(genai.together(1, prompt, tokens))
         found["genai overhead"].append(genai.watched.overhead())
         for count in CONCURRENCIES:
             found[f"batched {count}"].append(batched.together(count, prompt, tokens))
             found[f"batched overhead {count}"].append(batched.watched.overhead())
+            if peer is not None:
+                found[f"llama.cpp {count}"].append(peer.rate(count, prompt, tokens))
         for name, bench in (("genai", genai), ("batched", batched)):
             shared = bench.text(PREFIX)
-            found[f"{name} cold"].append(bench.ask(shared + bench.text(NEW), 1))
-            found[f"{name} warm"].append(bench.ask(shared + bench.text(NEW), 1))
-            found[f"{name} stall"].append(stalls(bench, prompt, max(2, tokens // 4)))
-    medians = {name: median(values) for name, values in found.items()}
-    return medians | {"weights": loaded - before, "cache": held, "above": above}
+            found[f"{name} cold"].append(bench.first_token(shared + bench.text(NEW)))
+            found[f"{name} warm"].append(bench.first_token(shared + bench.text(NEW)))
+    return found | {f"memory {name}": [amount / 2**30] for name, amount in memory.items()}
 
 
-def table(found: Mapping[str, float]) -> str:
-    """The numbers in Markdown."""
-    lines = ["| | tokens/s | against |", "|---|---|---|"]
-    lines.append(f"| bare generate loop | {found['bare loop']:.1f} | 1 |")
+def rates(found: Mapping[str, float]) -> Iterator[str]:
+    """Decoding in Markdown: tokens per second in all."""
+    counts = [f"{count}" for count in CONCURRENCIES]
+    yield f"| tokens/s in all, requests: | {' | '.join(counts)} |"
+    yield "|---|" + "---:|" * len(counts)
+    yield f"| bare generate loop of onnxruntime-genai | {found['bare']:.1f} |" + " |" * (len(counts) - 1)
+    yield f"| `predict`, through onnxruntime-genai | {found['genai 1']:.1f} |" + " |" * (len(counts) - 1)
+    for name, label in (("batched", "`predict`, `parallel` = 8"), ("llama.cpp", "llama.cpp, Q4_0")):
+        if f"{name} 1" in found:
+            numbers = [f"{found[f'{name} {count}']:.1f}" for count in counts]
+            yield f"| {label} | {' | '.join(numbers)} |"
+
+
+def targets(found: Mapping[str, float]) -> Iterator[str]:
+    """What the engine is to reach, and what it did, in Markdown."""
     one = found["batched 1"]
-    lines.append(f"| predict through genai | {found['genai 1']:.1f} | {found['genai 1'] / found['bare loop']:.2f} |")
-    lines.append(f"| batched, 1 request | {one:.1f} | {one / found['bare loop']:.2f} |")
-    for count in CONCURRENCIES[1:]:
-        rate = found[f"batched {count}"]
-        lines.append(f"| batched, {count} requests | {rate:.1f} | {rate / one:.2f} of one request |")
-    lines += ["", "| | genai | batched |", "|---|---|---|"]
-    for label, key, scale, unit in (
-        (f"first token, {PREFIX + NEW} tokens", "cold", 1, "s"),
-        (f"first token, {PREFIX} of them cached", "warm", 1, "s"),
-        ("late wake-up of a Python thread, p99", "stall", 1000, "ms"),
-    ):
-        values = [
-            f"{found[f'{name} {key}'] * scale:.{0 if unit == 'ms' else 2}f} {unit}" for name in ("genai", "batched")
-        ]
-        lines.append(f"| {label} | {values[0]} | {values[1]} |")
-    overheads = [found["genai overhead"], found[f"batched overhead {CONCURRENCIES[-1]}"]]
-    lines.append(f"| sampling, stops, guards per token | {overheads[0] * 1000:.2f} ms | {overheads[1] * 1000:.2f} ms |")
-    lines.append("")
-    lines.append(
-        f"Memory of the batched engine: {found['weights']:.2f} GiB after loading, {found['cache']:.2f} GiB of KV cache "
-        f"in use, {found['above']:.2f} GiB besides."
+    yield "| | aim | measured |"
+    yield "|---|---:|---:|"
+    yield f"| `predict` against the bare loop | at least 0.97 | {found['genai 1'] / found['bare']:.2f} |"
+    yield f"| `parallel`, 1 request, against the bare loop | at least 0.97 | {one / found['bare']:.2f} |"
+    for count, least in ((4, 2.2), (8, 2.5)):
+        yield f"| {count} requests against 1 | at least {least} | {found[f'batched {count}'] / one:.2f} |"
+    for count, least in ((1, 1.0), (4, 1.3), (8, 1.5)):
+        if f"llama.cpp {count}" in found:
+            ratio = found[f"batched {count}"] / found[f"llama.cpp {count}"]
+            yield f"| {count} request{'s' * (count > 1)} against llama.cpp | at least {least} | {ratio:.2f} |"
+    for name in ("genai", "batched"):
+        cold, warm = found[f"{name} cold"], found[f"{name} warm"]
+        label = f"first token, {PREFIX} of {PREFIX + NEW} tokens cached, against none ({name})"
+        yield f"| {label} | at most 0.1 | {warm / cold:.3f} ({warm:.2f} s, {cold:.2f} s) |"
+    for name in ("genai", f"batched overhead {CONCURRENCIES[-1]}"):
+        key = name if "overhead" in name else f"{name} overhead"
+        label = "8 requests" if "batched" in name else "1 request"
+        yield f"| sampling, stops, guards per token, {label} | at most 2 ms | {found[key] * 1000:.2f} ms |"
+    yield (
+        f"| memory besides the loaded model ({found['memory loaded']:.2f} GiB) and the KV cache in use "
+        f"({found['memory cache']:.2f} GiB) | at most 0.6 GiB | {found['memory above']:.2f} GiB |"
     )
-    return "\n".join(lines)
+
+
+FULL_SIZE = ROOT / ".bench" / "full-size"
 
 
 def main() -> None:
     """Measures what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=ROOT / ".bench" / "full-size")
-    parser.add_argument("--rounds", type=int, default=3, help="alternations; the table has the medians")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens")
-    parser.add_argument("--tokens", type=int, default=64, help="of each answer; twice as many where several decode")
-    parser.add_argument("--threads", type=int, help="of onnxruntime; its own choice where left out")
+    parser.add_argument("--folder", type=Path, default=FULL_SIZE)
+    parser.add_argument("--rounds", type=int, default=3, help="alternations; the tables have the medians")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens")
+    parser.add_argument("--tokens", type=int, default=32, help="that all requests of a measurement decode together")
+    parser.add_argument("--threads", type=int, help="of onnxruntime and llama.cpp; their own choice where left out")
     parser.add_argument("--context", type=int, default=2048, help="tokens")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     asked = parser.parse_args()
-    found = measure(asked.folder, asked.rounds, asked.prompt, asked.tokens, asked.threads, asked.context)
+    measured = measure(asked)
     if asked.json:
-        asked.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-    print(f"\n{machine()}; {asked.folder.name}, medians of {asked.rounds}\n\n{table(found)}")
+        asked.json.write_text(json.dumps(measured) + "\n", "utf-8")
+    found = {name: median(values) for name, values in measured.items()}
+    print(f"\n{machine.line()}; {asked.folder.name}, medians of {asked.rounds} alternations\n")
+    print("\n".join([*rates(found), "", *targets(found)]))
 
 
 if __name__ == "__main__":

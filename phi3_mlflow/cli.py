@@ -268,6 +268,46 @@ def chat(model: str | None, prompt: str | None, system: str | None, option: tupl
             click.echo()
 
 
+@cli.command()
+@click.argument("model", required=False)
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Of each prompt.")
+@click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Of each answer.")
+@click.option("--concurrency", default="1,2,4,8", show_default=True, help="Requests at once; 1 is always measured.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="The table has their medians.")
+@click.option("--prefix", type=click.IntRange(1), default=400, show_default=True, help="Tokens that two prompts share.")
+@click.option("--parallel", type=click.IntRange(1, 64), help="Load the model with this setting in place of its own.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.png", help="Draw the numbers.")
+@click.option("--log", "logged", is_flag=True, help="Log an MLflow run with the numbers, the plot and the table.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of the table.")
+def bench(
+    model: str | None,
+    concurrency: str,
+    parallel: int | None,
+    plot: Path | None,
+    logged: bool,
+    as_json: bool,
+    **sizes: int,
+) -> None:
+    """Measure a logged model, or the embedded one: first token, tokens/s, memory.
+
+    MODEL is any model URI of MLflow: models:/NAME@alias, models:/m-..., runs:/..., or a folder.
+    It is loaded in this process; nothing else should run meanwhile.
+
+    \b
+    Examples:
+      phi3-mlflow bench
+      phi3-mlflow bench models:/phi3@champion --parallel 8 --plot phi3.png --log
+    """
+    from phi3_mlflow.bench import measure as benchmark
+    from phi3_mlflow.bench.report import table
+
+    plan = benchmark.Plan(concurrency=benchmark.parse_concurrency(concurrency), **sizes)
+    result = benchmark.run(model, plan, parallel=parallel, plot=plot, log=logged)
+    click.echo(json.dumps(result, indent=2) if as_json else table(result))
+    if logged and not as_json:
+        click.echo(f"\nrun {result['run_id']}")
+
+
 def _parse_config(pairs: tuple[str, ...]) -> dict[str, Any]:
     """NAME=VALUE pairs; a value is JSON where it can be, else text; an empty value means not given."""
     config = {}

@@ -17,18 +17,27 @@ _HELP = "/system TEXT sets a system message, /reset forgets the conversation, Ct
 
 
 @contextmanager
+def given_or_embedded(model_uri: str | None) -> Iterator[str]:
+    """The URI itself, or where there is none that of the embedded ONNX model, saved for as long as the block lasts."""
+    if model_uri is not None:
+        yield model_uri
+        return
+    from phi3_mlflow.builders import genai
+
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "model"
+        genai.save_model(path)
+        yield str(path)
+
+
+@contextmanager
 def loaded(model_uri: str | None) -> Iterator[PyFuncModel]:
     """A logged model, or the embedded ONNX one where there is no URI."""
-    with tempfile.TemporaryDirectory() as temporary:
-        if model_uri is None:
-            from phi3_mlflow.builders import genai
-
-            model_uri = str(Path(temporary) / "model")
-            genai.save_model(model_uri)
-        model = mlflow.pyfunc.load_model(model_uri, suppress_warnings=True)
+    with given_or_embedded(model_uri) as uri:
+        model = mlflow.pyfunc.load_model(uri, suppress_warnings=True)
         task = (model.metadata.metadata or {}).get("task")
         if task != "llm/v1/chat":
-            raise Phi3Error(f"{model_uri} is a model for the task {task}; a conversation needs one for llm/v1/chat")
+            raise Phi3Error(f"{uri} is a model for the task {task}; a conversation needs one for llm/v1/chat")
         yield model
 
 

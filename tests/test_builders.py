@@ -189,6 +189,21 @@ def test_a_wrong_setting_is_refused_before_anything_is_written(builder, config, 
     assert not (tmp_path / "model").exists()
 
 
+def test_settings_and_defaults_can_be_changed_when_a_model_is_loaded(saved, builder, monkeypatch):
+    model = mlflow.pyfunc.load_model(str(saved[builder]), model_config={"max_tokens": 2, "context_length": 64})
+    (answer,) = model.predict(SPAIN)
+    assert answer["usage"]["completion_tokens"] == 2
+    long = {"messages": [{"role": "user", "content": "1" * 100}]}
+    with pytest.raises(mlflow.MlflowException, match="the context holds 64"):
+        model.predict(long)
+
+    monkeypatch.setenv("MLFLOW_PYFUNC_INFERENCE_CONFIG", '{"max_tokens": 3}')  # how a server is told
+    (answer,) = mlflow.pyfunc.load_model(str(saved[builder])).predict(SPAIN)
+    assert answer["usage"]["completion_tokens"] == 3
+    with pytest.raises(InvalidRequest, match="`threads` is 0"):
+        mlflow.pyfunc.load_model(str(saved[builder]), model_config={"threads": 0})
+
+
 def test_an_unknown_task_is_refused(builder, tmp_path):
     with pytest.raises(common.BuildError, match="must be one of llm/v1/chat, llm/v1/completions, flat"):
         BUILDERS[builder].save_model(tmp_path / "model", task="chat")

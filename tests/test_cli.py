@@ -16,7 +16,7 @@ from mlflow.models import Model
 from phi3_mlflow.builders import genai
 from phi3_mlflow.cli import cli
 
-VERBS = [["pull"], ["quantize"], ["log", "transformers"], ["log", "onnx"], ["log", "both"], ["chat"]]
+VERBS = [["pull"], ["quantize"], ["log", "transformers"], ["log", "onnx"], ["log", "both"], ["chat"], ["bench"]]
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -50,7 +50,7 @@ def test_log_prints_the_model_uri_and_nothing_else_on_stdout(builder):
     model = Model.load(mlflow.artifacts.download_artifacts(uri))
     config = model.flavors["python_function"]["config"]
     assert config["temperature"] == 0.5
-    assert "max_tokens" not in config
+    assert config["max_tokens"] is None
     assert f"mlflow models serve -m {uri}" in result.stderr
 
 

@@ -20,7 +20,8 @@ import phi3_mlflow
 from phi3_mlflow import runtime
 from phi3_mlflow.runtime.chat import Task
 from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error
-from phi3_mlflow.runtime.settings import check_config
+from phi3_mlflow.runtime.options import NAMES
+from phi3_mlflow.runtime.settings import SETTINGS, check_config
 from phi3_mlflow.runtime.signatures import TASKS
 from phi3_mlflow.targets import AZURE_TASK, adapted
 from phi3_mlflow.weights import Weights
@@ -80,7 +81,9 @@ def full_config(task: Task, source: str, model_config: Mapping[str, Any] | None,
         raise InvalidRequest("response_format", problem)
     if task == "flat" and config.get("n", 1) != 1:
         raise InvalidRequest("n", f"is {config['n']}; it must be 1 for the flat task, whose answer is one string")
-    return {**config, "task": task, "name": identifier(source), "template": template, "format": runtime.FORMAT}
+    # MLflow lets only settings that are logged be changed when the model is loaded or served: all are, as not set.
+    every = dict.fromkeys((*SETTINGS, *NAMES))
+    return {**every, **config, "task": task, "name": identifier(source), "template": template, "format": runtime.FORMAT}
 
 
 def identifier(source: str) -> str:

@@ -34,7 +34,7 @@ class Run:
     Attributes:
         answer: what has come so far, of the pieces that were taken.
         jobs: one for each choice.
-        on_end: called in the scheduler's thread when the last job has ended.
+        on_end: called in the scheduler's thread when all jobs have ended, or the first one failed.
     """
 
     def __init__(self, answer: Answer, generations: Sequence[Generation], tokens: Tokens, deadline: float | None):
@@ -48,9 +48,10 @@ class Run:
 
     def _deliver(self, choice: int, event: Step | Exception) -> None:
         self._events.put((choice, event))
-        if isinstance(event, Exception) or event.reason is not None:
-            self._running -= 1
-            if not self._running:
+        failed = isinstance(event, Exception)
+        if failed or event.reason is not None:  # type: ignore[union-attr]
+            self._running = 0 if failed and self._running > 0 else self._running - 1
+            if self._running == 0:
                 self.on_end()
 
     def __iter__(self) -> Iterator[Piece]:

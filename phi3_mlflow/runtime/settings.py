@@ -37,12 +37,12 @@ def check_config(config: Mapping[str, Any]) -> None:
     """
     for name, value in config.items():
         if name in SETTINGS:
-            SETTINGS[name].check(name, value)
+            if value is not None:
+                SETTINGS[name].check(name, value)
         elif name not in NAMES:
             known = ", ".join([*SETTINGS, *NAMES])
             raise InvalidRequest(name, f"is not a setting of the model; the settings are {known}")
-    if config.get("kv_budget") is not None and config.get("parallel") in (None, 1):
-        raise InvalidRequest("kv_budget", "is given, and it needs `parallel` above 1; set that too, or leave it out")
+    _check_together(config)
     default_options(config)
 
 
@@ -71,4 +71,10 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     if config.get("task", TASKS[0]) not in TASKS:
         raise FormatError(f"the model's task is {config['task']!r}; it must be one of {', '.join(TASKS)}")
+    _check_together(config)
     return {name: spec.check(name, config[name]) for name, spec in SETTINGS.items() if config.get(name) is not None}
+
+
+def _check_together(config: Mapping[str, Any]) -> None:
+    if config.get("kv_budget") is not None and config.get("parallel") in (None, 1):
+        raise InvalidRequest("kv_budget", "is given, and it needs `parallel` above 1; set that too, or leave it out")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from ..errors import WeightsError
 # The telemetry of onnxruntime and onnxruntime-genai is on by default and is read when they are first imported.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import onnxruntime_genai as og
+
+# The runtime holds Python's global lock while it works. After a call of so many seconds or more the other threads get
+# this share of its time; without it, an answer to /ping, which takes the lock several times, waits for as many calls.
+_LONG, _REST = 0.01, 0.01
 
 
 class GenaiDecoder:
@@ -28,8 +33,8 @@ class GenaiDecoder:
     """
 
     slots = 1
-    # The runtime holds Python's global lock while it works: a chunk is how long /ping and cancellation may wait, 0.5
-    # to 0.7 s at full size on two cores. Chunks of 16 to 256 tokens were measured to be equally fast.
+    # A chunk is how long /ping and cancellation may wait, 0.5 to 0.7 s at full size on two cores. Chunks of 16 to 256
+    # tokens were measured to be equally fast.
     chunk = 16
 
     def __init__(self, folder: Path, *, context_length: int | None = None, threads: int | None = None):
@@ -54,13 +59,12 @@ class GenaiDecoder:
             params = og.GeneratorParams(self._model)
             params.set_search_options(max_length=self.context_length, batch_size=1, do_sample=False)
             self._generator = og.Generator(self._model, params)
-        self._generator.append_tokens(np.asarray([ids], dtype=np.int32))
+        self._append(ids)
         return self._logits() if last else None
 
     def decode(self, tokens: Mapping[int, int]) -> Mapping[int, np.ndarray]:
         """See Decoder."""
-        assert self._generator is not None
-        self._generator.append_tokens(np.asarray([[tokens[0]]], dtype=np.int32))
+        self._append([tokens[0]])
         return {0: self._logits()}
 
     def rewind(self, slot: int, length: int) -> None:
@@ -76,6 +80,14 @@ class GenaiDecoder:
         """See Decoder."""
         self._generator = None
         del self._model
+
+    def _append(self, ids: Sequence[int]) -> None:
+        assert self._generator is not None
+        start = time.perf_counter()
+        self._generator.append_tokens(np.asarray([ids], dtype=np.int32))
+        took = time.perf_counter() - start
+        if took >= _LONG:
+            time.sleep(took * _REST)
 
     def _logits(self) -> np.ndarray:
         assert self._generator is not None

@@ -1,0 +1,1 @@
+"""The verb `bench`: how fast a logged model answers on this machine."""

@@ -1,0 +1,182 @@
+"""What a measurement looks like: as a table, as a plot, as an MLflow run. Knows the numbers and not how they came."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import mlflow
+
+from phi3_mlflow.machine import line
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_BLUE, _ORANGE, _GREY = "#2f6fb0", "#d9822b", "#5c6670"
+_HEADROOM = 1.2  # above the highest bar, for numbers and the legend
+_MEMORY = {"before_loading_bytes": "before loading", "after_loading_bytes": "after loading", "peak_bytes": "at most"}
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The numbers as Markdown that is aligned for a terminal, below the machine, the model and the versions."""
+    settings, prefix = result["settings"], result["prefix"]
+    requests = [
+        [
+            str(row["requests"]),
+            f"{row['tokens_per_second']:.1f}",
+            _time(row["first_token_ms"]),
+            _time(row["first_token_worst_ms"]),
+            _time(row["per_token_ms"]),
+        ]
+        for row in result["concurrency"]
+    ]
+    prefixes = [
+        [f"{settings['prefix']} shared tokens {name}", _time(case["first_token_ms"]), f"{case['cached_tokens']:g}"]
+        for name, case in prefix.items()
+        if isinstance(case, Mapping)
+    ]
+    parts = [
+        describe(result),
+        f"Prompts of {result['concurrency'][0]['prompt_tokens']} tokens, answers of {settings['tokens']}, medians of "
+        f"{settings['rounds']} round{'' if settings['rounds'] == 1 else 's'}:",
+        _markdown(["requests at once", "tokens/s in all", "first token", "worst", "per token"], requests),
+        _markdown([f"prompt of {prefix['prompt_tokens']} tokens", "first token", "tokens cached"], prefixes),
+        _markdown(
+            ["memory", "of the process"], [[text, _size(result["memory"][key])] for key, text in _MEMORY.items()]
+        ),
+    ]
+    return "\n\n".join(parts)
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """A line for the machine, and a line for the model and the versions of what runs it."""
+    model = result["model"]
+    uri = "" if model["uri"] == "embedded" else f" ({model['uri']})"
+    subject = f"{model['name']}{uri}, {model['builder']}, parallel {model['parallel']}"
+    return f"{line(result['machine'])}\n{subject}, {_versions(result)}"
+
+
+def figure(result: Mapping[str, Any]) -> "Figure":
+    """Tokens/s against concurrency, the first token against concurrency, and the first token by prefix."""
+    from matplotlib.figure import Figure
+
+    rows, settings, prefix = result["concurrency"], result["settings"], result["prefix"]
+    plot = Figure(figsize=(12, 4.6), dpi=150, layout="constrained")
+    model = result["model"]
+    plot.suptitle(f"{model['name']}  ({model['builder']}, parallel {model['parallel']})", fontsize=13, weight="bold")
+    rates, firsts, prefixes = plot.subplots(1, 3, width_ratios=[1.3, 1.3, 1])
+
+    names = [str(row["requests"]) for row in rows]
+    speeds = [row["tokens_per_second"] for row in rows]
+    rates.plot(names, speeds, color=_BLUE, marker="o", linewidth=2)
+    for name, speed in zip(names, speeds, strict=True):
+        background = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        rates.annotate(
+            _short(speed), (name, speed), (0, 9), textcoords="offset points", ha="center", color=_GREY, bbox=background
+        )
+    rates.margins(x=0.12)
+    rates.set_ylim(0, max(speeds) * _HEADROOM)
+    prompt = rows[0]["prompt_tokens"]
+    _label(rates, "Throughput", "requests at once", f"tokens/s in all (prompt {prompt}, answer {settings['tokens']})")
+
+    scale, unit = _unit([row["first_token_worst_ms"] for row in rows])
+    width = 0.4
+    for shift, key, label, colour in (
+        (-width / 2, "first_token_ms", "median", _BLUE),
+        (width / 2, "first_token_worst_ms", "worst", _ORANGE),
+    ):
+        places = [place + shift for place in range(len(rows))]
+        _bars(firsts, places, [row[key] / scale for row in rows], colour, width, label)
+    firsts.set_xticks(range(len(rows)), names)
+    firsts.set_ylim(0, firsts.get_ylim()[1] * 1.08)
+    firsts.legend(frameon=False, loc="upper left", ncols=2)
+    _label(firsts, "First token", "requests at once", f"time to first token ({unit})")
+
+    cases = {name: case for name, case in prefix.items() if isinstance(case, Mapping)}
+    scale, unit = _unit([case["first_token_ms"] for case in cases.values()])
+    times = [case["first_token_ms"] / scale for case in cases.values()]
+    _bars(prefixes, range(len(times)), times, [_GREY, _BLUE], 0.55)
+    labels = [f"prefix {name}\n{case['cached_tokens']:g} cached" for name, case in cases.items()]
+    prefixes.set_xticks(range(len(times)), labels)
+    _label(prefixes, "Shared prefix", f"prompt of {prefix['prompt_tokens']} tokens", f"time to first token ({unit})")
+
+    plot.supxlabel(f"{line(result['machine'])}; {_versions(result)}", fontsize=8, color=_GREY)
+    return plot
+
+
+def log_run(result: Mapping[str, Any]) -> None:
+    """Puts the result into the active MLflow run: params, metrics (one step for each concurrency), plot and table."""
+    facts = {
+        "machine": line(result["machine"]),
+        **{f"version {name}": text for name, text in result["versions"].items()},
+    }
+    mlflow.log_params(
+        {**{f"model_{key}": value for key, value in result["model"].items()}, **result["settings"], **facts}
+    )
+    for row in result["concurrency"]:
+        numbers = {name: value for name, value in row.items() if name != "requests" and value is not None}
+        mlflow.log_metrics(numbers, step=row["requests"])
+    prefixes = {
+        f"prefix_{name}_{key}": value
+        for name, case in result["prefix"].items()
+        if isinstance(case, Mapping)
+        for key, value in case.items()
+    }
+    memory = {f"memory_{name}": value for name, value in result["memory"].items() if value is not None}
+    mlflow.log_metrics({**prefixes, **memory})
+    mlflow.log_figure(figure(result), "bench.png")
+    mlflow.log_text(table(result) + "\n", "bench.md")
+    mlflow.log_dict(dict(result), "bench.json")
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(pairs)) + " |"
+        for pairs in ([*zip(row, widths, strict=True)] for row in (header, *rows))
+    ]
+    rule = "|" + "|".join("-" * (width + 1) + (":" if i else "-") for i, width in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _versions(result: Mapping[str, Any]) -> str:
+    return ", ".join(f"{package} {number}" for package, number in result["versions"].items())
+
+
+def _time(milliseconds: float | None) -> str:
+    if milliseconds is None:
+        return "-"
+    if milliseconds >= 1000:
+        return f"{milliseconds / 1000:.2f} s"
+    return f"{milliseconds:.{0 if milliseconds >= 100 else 1 if milliseconds >= 10 else 2}f} ms"
+
+
+def _unit(milliseconds: Sequence[float]) -> tuple[float, str]:
+    return (1000.0, "s") if max(milliseconds) >= 2000 else (1.0, "ms")
+
+
+def _size(amount: int | None) -> str:
+    if amount is None:
+        return "unknown"
+    return f"{amount / 2**30:.1f} GiB" if amount >= 2**30 else f"{amount / 2**20:.0f} MiB"
+
+
+def _short(number: float) -> str:
+    """Three digits, or all before the point; two below 1."""
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}" if number >= 1 else f"{number:.2g}"
+
+
+def _bars(
+    axes: "Axes", places: Sequence[float], heights: list[float], colour: Any, width: float, label: str = ""
+) -> None:
+    bars = axes.bar(places, heights, color=colour, width=width, label=label)
+    axes.bar_label(bars, [_short(height) for height in heights], padding=3, fontsize=9, color=_GREY)
+    axes.set_ylim(0, max(axes.get_ylim()[1], max(heights) * _HEADROOM))
+
+
+def _label(axes: "Axes", title: str, x: str, y: str) -> None:
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(axis="y", color="#d8dde2", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
