@@ -1,6 +1,6 @@
 """The engine against a bare onnxruntime-genai loop, and against llama.cpp where it is installed: in alternation.
 
-    python benchmarks/full_size.py && python benchmarks/engine.py            two cores: about 12 minutes
+    python benchmarks/full_size.py && python benchmarks/engine.py            two cores: about 10 minutes
     python benchmarks/engine.py --folder artifacts/onnx --tokens 24          a quick look at the embedded model
 
 Prints two tables below the name of the machine. All rates are of decoding: tokens per second in all while so many

@@ -1,6 +1,6 @@
 """Greedy answers of requests that decode together against onnxruntime-genai's, one by one, at full size.
 
-    python benchmarks/full_size.py && python benchmarks/identity.py       two cores: about 3 minutes
+    python benchmarks/full_size.py && python benchmarks/identity.py       two cores: about 2 minutes
 
 Rows that decode together differ from a row alone by rounding. Where the two likeliest tokens are closer than a
 tolerance, the other one may be chosen; the first such place of an answer is shown and counted. Ends with 1 where an

@@ -1,6 +1,6 @@
 """How long /ping takes while `mlflow models serve` answers four clients at full size, through both decoders.
 
-python benchmarks/full_size.py && python benchmarks/ping.py       two cores: about 5 minutes, and 3 GB of disk
+python benchmarks/full_size.py && python benchmarks/ping.py       two cores: about 2 minutes, and 3 GB of disk
 """
 
 import argparse

@@ -7,6 +7,7 @@ the first third by more than 64 MiB. Counts greedy answers that differ from most
 """
 
 import argparse
+import math
 import os
 import random
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 
 import pandas as pd
 
+from phi3_mlflow.runtime import model
 from phi3_mlflow.runtime.engine import Engine
 from phi3_mlflow.runtime.model import Predictor, RequestRefused, TryLater, _onnx_decoder
 from phi3_mlflow.runtime.tokens import Tokens
@@ -45,7 +47,8 @@ class Soak:
 
     def __init__(self, folder: Path, parallel: int, queue_limit: int):
         decoder = _onnx_decoder(folder, {"parallel": parallel, "threads": 1})
-        self.predictor = Predictor(Engine(Tokens.from_folder(folder), decoder, queue_limit=queue_limit), {})
+        engine = Engine(Tokens.from_folder(folder), decoder, queue_limit=queue_limit, queue_timeout=5.0)
+        self.predictor = Predictor(engine, {})
         self.counts: Counter[str] = Counter()
         self.failures: list[str] = []
         self.answers: dict[tuple[str, int], Counter[str]] = {}
@@ -79,6 +82,12 @@ class Soak:
             params |= {"temperature": 1.0, "n": rng.randint(1, 3)}
         if rng.random() < 0.1:
             params["max_time"] = 0.01
+        if rng.random() < 0.1:
+            params |= {"logprobs": True, "top_logprobs": 5}
+        if rng.random() < 0.05:
+            rows = pd.DataFrame([data] * rng.randint(2, 9))
+            assert len(self.predictor.predict(rows, params)) == len(rows)
+            return "table"
         if rng.random() < 0.3:
             stream = self.predictor.predict_stream(data, params)
             for _ in range(rng.randint(0, 10)):
@@ -123,6 +132,7 @@ def main() -> None:
     parser.add_argument("--queue-limit", type=int, default=6)
     asked = parser.parse_args()
     soak = Soak(asked.folder, asked.parallel, asked.queue_limit)
+    model.PROGRESS_AFTER = math.inf
     begin = time.monotonic()
     end = begin + asked.minutes * 60
     threads = [threading.Thread(target=soak.client, args=(number, end), daemon=True) for number in range(asked.clients)]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import pickle
 import threading
 
 import pytest
@@ -10,7 +11,8 @@ from fakes import IDS, TOKENS, VOCAB_SIZE, FakeDecoder, spell
 from phi3_mlflow.runtime import engine as engine_module
 from phi3_mlflow.runtime.chat import Piece, Request
 from phi3_mlflow.runtime.engine import DEFAULT_MAX_TOKENS, Engine
-from phi3_mlflow.runtime.errors import InvalidRequest
+from phi3_mlflow.runtime.errors import Busy, InvalidRequest, WeightsError
+from phi3_mlflow.runtime.model import OutOfTime, RequestRefused, TryLater
 from phi3_mlflow.runtime.options import Options
 
 LETTERS = spell("abcdefghijklmnopqrstuvwxyz")
@@ -345,3 +347,14 @@ def test_a_closed_engine_refuses_requests():
     engine.close()
     with pytest.raises(RuntimeError, match="closed"):
         answer(engine, chat("one"))
+
+
+def test_errors_cross_the_border_of_a_process():
+    for error in (InvalidRequest("seed", "is 1.5"), Busy("3 requests are waiting", 7), WeightsError("no file")):
+        same = pickle.loads(pickle.dumps(error))
+        assert (type(same), str(same), vars(same)) == (type(error), str(error), vars(error))
+    refused = RequestRefused(InvalidRequest("seed", "is 1.5"), "row 3: ")
+    for refusal in (refused, TryLater(Busy("full", 7)), OutOfTime("")):
+        same = pickle.loads(pickle.dumps(refusal))
+        assert type(same) is type(refusal)
+        assert same.serialize_as_json() == refusal.serialize_as_json()

@@ -1,9 +1,19 @@
 """The errors a user sees. Every message says what was wrong, with the value, and what to do next."""
 
+import copyreg
+from typing import Any
+
 _MAX_FIELD = 200  # characters
 
 
-class Phi3Error(Exception):
+class Picklable(BaseException):
+    """An error that crosses the border of a process, whatever arguments it was made with."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
+
+
+class Phi3Error(Picklable, Exception):
     """Base of every error that is meant for a person: its text is shown as one line, without a traceback."""
 
 

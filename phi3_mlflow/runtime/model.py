@@ -29,7 +29,7 @@ from . import manifest
 from .chat import Request, Task, chunk, completion, last_chunk, parse_chat, parse_completion, parse_flat
 from .decoders.base import Decoder
 from .engine import Engine, Run
-from .errors import Busy, InvalidRequest
+from .errors import Busy, InvalidRequest, Picklable
 from .settings import default_options, refuse_batching, settings_of
 from .signatures import RESPONSE_FORMAT_OMITTED
 from .tokens import Tokens
@@ -45,7 +45,7 @@ PROGRESS_AFTER = 2.0
 _SERVING_FLAG = "_MLFLOW_IS_IN_SERVING_ENVIRONMENT"
 
 
-class RequestRefused(MlflowException):
+class RequestRefused(Picklable, MlflowException):
     """A request that cannot be answered, as a 400 without the request's body and without a traceback in it."""
 
     def __init__(self, error: InvalidRequest, where: str = ""):
@@ -58,7 +58,7 @@ class RequestRefused(MlflowException):
         return json.dumps({"error_code": self.error_code, "message": self._text, "field": self._field})
 
 
-class TryLater(MlflowException):
+class TryLater(Picklable, MlflowException):
     """A good request that came while too many others were waiting: a 429 that says how long to wait."""
 
     def __init__(self, error: Busy):
@@ -73,7 +73,7 @@ class TryLater(MlflowException):
         )
 
 
-class OutOfTime(MlflowException):
+class OutOfTime(Picklable, MlflowException):
     """Time was over before an answer was begun: a 503, since an empty answer would pass for one."""
 
     def __init__(self, place: str):
@@ -88,7 +88,7 @@ class OutOfTime(MlflowException):
         return json.dumps({"error_code": self.error_code, "message": self._text})
 
 
-class AnswerFailed(MlflowException):
+class AnswerFailed(Picklable, MlflowException):
     """The model failed on a good request: a 500 that says so; the cause is in the server's log alone."""
 
     def __init__(self) -> None:
@@ -299,7 +299,7 @@ def load_pipeline(folder: Path, config: Mapping[str, Any]) -> Predictor:
 def _progress(ended: Iterator[int], total: int) -> Iterable[int]:
     """Shows how many rows have been answered where that takes long, and not in a server's log."""
     quiet = total < 2 or os.environ.get(_SERVING_FLAG) == "true"
-    return tqdm(ended, total=total, unit="row", delay=PROGRESS_AFTER, disable=quiet)
+    return tqdm(ended, total=total, unit=" rows", delay=PROGRESS_AFTER, mininterval=1, leave=False, disable=quiet)
 
 
 def _server_deadline() -> float | None:
