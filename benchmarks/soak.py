@@ -8,7 +8,6 @@ the first third by more than 64 MiB. Counts greedy answers that differ from most
 
 import argparse
 import math
-import os
 import random
 import sys
 import threading
@@ -20,6 +19,7 @@ from typing import Any
 
 import pandas as pd
 
+from phi3_mlflow.machine import resident
 from phi3_mlflow.runtime import model
 from phi3_mlflow.runtime.engine import Engine
 from phi3_mlflow.runtime.model import Predictor, RequestRefused, TryLater, _onnx_decoder
@@ -116,12 +116,6 @@ class Soak:
         return taken
 
 
-def resident() -> float:
-    """MiB of memory that this process uses now (Linux)."""
-    pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
 def main() -> None:
     """Soaks as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -142,7 +136,7 @@ def main() -> None:
     shown = begin
     while time.monotonic() < end:
         time.sleep(min(1.0, asked.minutes))
-        memory.append((time.monotonic() - begin, resident()))
+        memory.append((time.monotonic() - begin, resident() / 2**20))
         if time.monotonic() - shown >= 60:
             shown = time.monotonic()
             print(f"{memory[-1][0] / 60:5.1f} min  {memory[-1][1]:7.1f} MiB  {dict(soak.counts)}", flush=True)

@@ -93,6 +93,10 @@ REFUSED = {
     "repetition_penalty of 0": (with_options(repetition_penalty=0.0), "repetition_penalty", "above 0 up to 10"),
     "repetition_penalty above 10": (with_options(repetition_penalty=10.5), "repetition_penalty", "above 0 up to 10"),
     "repeat_last_n below -1": (with_options(repeat_last_n=-2), "repeat_last_n", "an integer of at least -1"),
+    "top_logprobs above 20": (
+        with_options(logprobs=True, top_logprobs=21), "top_logprobs", "is 21; it must be an integer from 0 to 20",
+    ),
+    "top_logprobs without logprobs": (with_options(top_logprobs=2), "top_logprobs", "`logprobs` is not true"),
     "max_time of 0": (with_options(max_time=0.0), "max_time", "a number above 0"),
     "infinite max_time": (with_raw('"max_time": Infinity'), "max_time", "is inf"),
     "an unknown context_overflow": (with_options(context_overflow="cut"), "context_overflow", "'error' or 'drop"),

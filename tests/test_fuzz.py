@@ -46,7 +46,8 @@ NUMBERS = [
 FIELDS = [
     "temperature", "max_tokens", "stop", "n", "stream", "top_p", "top_k", "frequency_penalty", "presence_penalty",
     "tools", "custom_inputs", "seed", "min_p", "repetition_penalty", "repeat_last_n", "max_time", "context_overflow",
-    "repetition_guard", "self_talk_guard", "response_format", "logit_bias", "user", "params", "prompt",
+    "repetition_guard", "self_talk_guard", "response_format", "logit_bias", "logprobs", "top_logprobs", "user",
+    "params", "prompt",
 ]  # fmt: skip
 GOOD = {
     "temperature": [0.0, 0.7, 2.0, 1],
@@ -62,6 +63,7 @@ GOOD = {
     "repetition_penalty": [1.0, 0.01, 10.0],
     "repeat_last_n": [-1, 0, 64],
     "max_time": [0.001, 5.0, 1e300],
+    "logprobs": [True, False],
     "context_overflow": ["error", "drop_oldest"],
     "repetition_guard": [True, False],
     "self_talk_guard": [True, False],
