@@ -26,7 +26,7 @@ from phi3_mlflow.runtime.jobs import Job
 from phi3_mlflow.runtime.model import TryLater, load_onnx
 from phi3_mlflow.runtime.options import Options
 from phi3_mlflow.runtime.scheduler import Scheduler
-from phi3_mlflow.runtime.settings import check_config, refuse_batching
+from phi3_mlflow.runtime.settings import check_batching, check_config, refuse_batching
 from phi3_mlflow.runtime.stops import Stops
 from phi3_mlflow.runtime.tokens import Tokens
 
@@ -378,7 +378,9 @@ def test_threads_and_rows_get_their_own_answers_from_a_parallel_model(folder):
 
 
 def test_batching_is_refused_where_it_cannot_be():
-    check_config({"parallel": 8, "kv_budget": "4GiB", "queue_limit": 10})
+    config = {"parallel": 8, "kv_budget": "4GiB", "queue_limit": 10}
+    check_config("llm/v1/chat", config)
+    check_batching(config)
     refuse_batching({"parallel": 1})
     with pytest.raises(InvalidRequest, match="`parallel` is 2, and a transformers model answers one request at a time"):
         refuse_batching({"parallel": 2})
@@ -386,11 +388,12 @@ def test_batching_is_refused_where_it_cannot_be():
         ({"parallel": 0}, "`parallel` is 0"),
         ({"parallel": 65}, "`parallel` is 65"),
         ({"parallel": 4, "kv_budget": "lots"}, "`kv_budget` is 'lots'"),
-        ({"kv_budget": "4GiB"}, "`kv_budget` is given, and it needs `parallel` above 1"),
         ({"queue_limit": 0}, "`queue_limit` is 0"),
     ):
         with pytest.raises(InvalidRequest, match=reason):
-            check_config(values)
+            check_config("llm/v1/chat", values)
+    with pytest.raises(InvalidRequest, match="`kv_budget` is given, and it needs `parallel` above 1"):
+        check_batching({"kv_budget": "4GiB"})
 
 
 def test_more_requests_than_may_wait_are_told_to_come_back(folder):
@@ -402,10 +405,10 @@ def test_more_requests_than_may_wait_are_told_to_come_back(folder):
         entered.set()
         leave.wait(PATIENCE)
 
-    def job(deliver=lambda step: None):
-        return Job(Recorded([5, 6], predictor._engine.tokens, frozenset(), 1), deliver)
+    def job(deliver=lambda step: None, tokens=1):
+        return Job(Recorded([5, 6], predictor._engine.tokens, frozenset(), tokens), deliver)
 
-    scheduler.submit(job(hold))
+    scheduler.submit(job(hold, 2))
     assert entered.wait(PATIENCE)
     scheduler.submit(job(), job(), job())  # one request of three answers
     scheduler.submit(job())

@@ -200,8 +200,18 @@ def test_settings_and_defaults_can_be_changed_when_a_model_is_loaded(saved, buil
     monkeypatch.setenv("MLFLOW_PYFUNC_INFERENCE_CONFIG", '{"max_tokens": 3}')  # how a server is told
     (answer,) = mlflow.pyfunc.load_model(str(saved[builder])).predict(SPAIN)
     assert answer["usage"]["completion_tokens"] == 3
-    with pytest.raises(InvalidRequest, match="`threads` is 0"):
-        mlflow.pyfunc.load_model(str(saved[builder]), model_config={"threads": 0})
+    for wrong, reason in [
+        ({"threads": 0}, "`threads` is 0"),
+        ({"response_format": {"type": "json_object"}}, "cannot be a default"),
+        ({"task": "flat", "n": 2}, "`n` is 2"),
+        ({"task": "flat", "logprobs": True}, "`logprobs` is true"),
+        ({"task": "flat", "response_format": {"type": "nonsense"}}, "`response_format.type`"),
+        ({"logit_bias": {"999999": 1}}, r"`logit_bias\[999999\]` is beyond"),
+        ({"template": "no"}, "`template` is 'no'; it must be true or false"),
+        ({"kv_budget": "4GiB"}, "`kv_budget` is (given|'4GiB')"),
+    ]:
+        with pytest.raises(InvalidRequest, match=reason):
+            mlflow.pyfunc.load_model(str(saved[builder]), model_config=wrong)
 
 
 def test_an_unknown_task_is_refused(builder, tmp_path):

@@ -294,6 +294,12 @@ def test_log_probabilities_of_a_text_completion_have_openais_shape():
     assert openai.types.Completion.model_validate(body).choices[0].logprobs.text_offset == [0, 1]
 
 
+def test_of_two_tokens_with_one_text_the_likelier_one_is_told():
+    told = [TokenLogprob(0, b"a", -0.3, ((b"a", -0.3), (b"b", -1.0), (b"a", -1.3)))]
+    body = completion(Answer(7, [Choice("a", "eos", 2, told)]), "llm/v1/completions", "phi3")
+    assert body["choices"][0]["logprobs"]["top_logprobs"] == [{"a": -0.3, "b": -1.0}]
+
+
 def test_log_probabilities_are_asked_for_as_in_openais_two_tasks():
     options = parse_chat({"messages": [USER], "logprobs": True, "top_logprobs": 3}, Options()).options
     assert (options.logprobs, options.top_logprobs) == (True, 3)
@@ -308,6 +314,7 @@ def test_log_probabilities_are_asked_for_as_in_openais_two_tasks():
         (parse_completion, {"prompt": "Hello", "logprobs": True}, "logprobs", "from 0 to 20"),
         (parse_completion, {"prompt": "Hello", "top_logprobs": 3}, "top_logprobs", "is for chats"),
         (parse_flat, {"prompt": "Hello", "logprobs": 3}, "logprobs", "one string"),
+        (parse_flat, {"prompt": "Hello", "top_logprobs": 3}, "top_logprobs", "one string"),
     ]:
         error = refused(parse, body, **({} if parse is parse_chat else {"template": True}))
         assert (error.field, text in str(error)) == (field, True)

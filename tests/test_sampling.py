@@ -267,3 +267,8 @@ def test_of_equally_likely_tokens_the_lowest_ids_are_named():
     told = logprob(np.zeros(9, np.float32), 8, 3)
     assert told.top == tuple((token, pytest.approx(-math.log(9))) for token in (0, 1, 2))
     assert logprob(np.array([1000, -1000], np.float32), 1, 2).top == ((0, 0.0), (1, -2000.0))
+
+
+def test_a_logit_that_is_not_a_number_has_no_log_probability():
+    with pytest.raises(ArithmeticError, match="not a number"):
+        logprob(np.array([1, np.nan, 2], np.float32), 0, 0)

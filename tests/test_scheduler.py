@@ -223,6 +223,40 @@ def test_a_request_that_comes_while_an_answer_is_computed_again_is_served_at_onc
     assert came[0].job.reused == 8  # the chunk that had been computed again too
 
 
+def test_an_answer_that_is_being_computed_again_counts_as_kept(start):
+    came, held = [], []
+
+    def on_call(name, slot, ids):
+        held.append(sum(map(len, decoder._sequences)))
+        if name == "prefill" and decoder.count("decode") > 10 and not came:
+            came.append(ask(scheduler, LETTERS[:3], 30))  # needs more than is left beside the whole answer
+
+    decoder = FakeDecoder(lambda prompt: LETTERS, slots=2, capacity=48, context_length=48, on_call=on_call)
+    scheduler = start(decoder, renew_after=0.0)
+    ask(scheduler, LETTERS[:8], 28).result()
+    while not came:
+        time.sleep(0.001)
+    assert came[0].result()[1] in ("eos", "max_tokens")
+    settle(scheduler)
+    assert max(held) <= 48
+
+
+def test_idle_time_leaves_as_much_of_the_machine_as_it_takes(start):
+    calls = []
+
+    def on_call(name, slot, ids):
+        if name == "prefill" and decoder.count("decode"):
+            calls.append(time.monotonic())
+            time.sleep(0.05)
+
+    decoder = FakeDecoder(lambda prompt: LETTERS, on_call=on_call)
+    scheduler = start(decoder, renew_after=0.0)
+    ask(scheduler, LETTERS[:4], 20).result()
+    settle(scheduler)
+    assert len(calls) > 3
+    assert all(after - before >= 0.1 for before, after in itertools.pairwise(calls))
+
+
 def test_a_decoder_that_fails_in_idle_time_is_not_tried_again_and_the_next_answer_is_right(start, caplog):
     failed = []
 
@@ -654,14 +688,36 @@ def test_a_request_that_waits_too_long_to_be_begun_is_told_to_come_back(start):
     running = ask(scheduler, [5], 900)
     waiting = [Ask([6]), Ask([7])]
     scheduler.submit(*(one.job for one in waiting))
-    for one in waiting:
-        refused = one.result()
+    errors = [one.result() for one in waiting]
+    for refused in errors:
         assert isinstance(refused, Busy)
+        assert refused.seconds >= 1
         assert re.fullmatch(r"the request waited for its turn for 0.1 seconds; try again in \d+ seconds?", str(refused))
+    assert len({id(error) for error in errors}) == 2  # a caller's traceback is not another one's
     running.job.cancel()
     hold.set()
     assert running.result()[1] == "cancelled"
     assert ask(scheduler, [6], 3).result() == ("abc", "max_tokens", 3)
+
+
+def test_a_table_that_is_being_answered_does_not_count_as_waiting(start):
+    decoder = FakeDecoder(lambda prompt: [], on_call=(gate := Gate()))
+    scheduler = start(decoder, queue_limit=1)
+    table = [Ask([token, token]) for token in LETTERS[:5]]
+    scheduler.submit(*(one.job for one in table))
+    assert gate.reached.wait(PATIENCE)
+    single = ask(scheduler, [5])
+    with pytest.raises(Busy, match="1 request is waiting"):
+        ask(scheduler, [6])
+    gate.open.set()
+    assert [one.result()[1] for one in [*table, single]] == ["eos"] * 6
+
+
+def test_requests_that_find_free_slots_are_not_refused(start):
+    scheduler = start(FakeDecoder(slots=8), queue_limit=2)
+    for _ in range(20):
+        asked = [ask(scheduler, LETTERS[at : at + 4]) for at in range(8)]  # at once, before the thread has a look
+        assert [one.result() for one in asked] == [alone(LETTERS[at : at + 4]) for at in range(8)]
 
 
 def test_a_request_that_was_begun_may_wait_for_the_rest_of_it(start):

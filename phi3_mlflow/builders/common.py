@@ -19,7 +19,7 @@ from mlflow.models.model import ModelInfo
 import phi3_mlflow
 from phi3_mlflow import runtime
 from phi3_mlflow.runtime.chat import Task
-from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error
+from phi3_mlflow.runtime.errors import Phi3Error
 from phi3_mlflow.runtime.options import NAMES
 from phi3_mlflow.runtime.settings import SETTINGS, check_config
 from phi3_mlflow.runtime.signatures import TASKS
@@ -75,12 +75,7 @@ def full_config(task: Task, source: str, model_config: Mapping[str, Any] | None,
     if task not in TASKS:
         raise BuildError(f"the task is {task!r}; it must be one of {', '.join(TASKS)}")
     config = dict(model_config or {})
-    check_config(config)
-    if task != "flat" and config.get("response_format") is not None:
-        problem = "cannot be a default: a request could not ask for text any more; set it in the requests"
-        raise InvalidRequest("response_format", problem)
-    if task == "flat" and config.get("n", 1) != 1:
-        raise InvalidRequest("n", f"is {config['n']}; it must be 1 for the flat task, whose answer is one string")
+    check_config(task, config)
     # MLflow lets only settings that are logged be changed when the model is loaded or served: all are, as not set.
     every = dict.fromkeys((*SETTINGS, *NAMES))
     return {**every, **config, "task": task, "name": identifier(source), "template": template, "format": runtime.FORMAT}

@@ -11,6 +11,7 @@ from mlflow.models.model import ModelInfo
 from phi3_mlflow import runtime
 from phi3_mlflow.runtime import manifest
 from phi3_mlflow.runtime.chat import Task
+from phi3_mlflow.runtime.settings import check_batching
 from phi3_mlflow.runtime.signatures import input_example, signature
 from phi3_mlflow.runtime.tokens import Tokens
 from phi3_mlflow.weights import onnx_files, resolve
@@ -55,6 +56,7 @@ def save_model(
     task, needed = common.for_target(target, task, common.requirements("onnxruntime", "onnxruntime-genai"))
     found = resolve(weights, "onnx", revision=revision)
     config = common.full_config(task, found.source, model_config, template)
+    check_batching(config)
     Tokens.from_folder(found.folder)
     path, model = Path(path), mlflow_model or Model()
     with common.staged_code() as code, common.quiet_mlflow():

@@ -113,6 +113,10 @@ def parse_flat(body: Mapping[str, Any], defaults: Options, *, template: bool) ->
         InvalidRequest: names the field, the value and what is allowed.
     """
     values = {name: value for name, value in body.items() if value is not None}
+    for name in ("logprobs", "top_logprobs"):
+        if values.pop(name, False):
+            problem = "is given, and the answer is one string without a place for it; leave it out"
+            raise InvalidRequest(name, problem)
     for name in ("messages", "stop", "response_format", "logit_bias"):
         if isinstance(values.get(name), str) and not (name == "stop" and not values[name].lstrip().startswith("[")):
             values[name] = _parse_json(name, values[name])
@@ -122,8 +126,6 @@ def parse_flat(body: Mapping[str, Any], defaults: Options, *, template: bool) ->
         raise InvalidRequest("prompt", "is given together with `messages`; give one of them")
     else:
         request = parse_chat(values, defaults)
-    if request.options.logprobs:
-        raise InvalidRequest("logprobs", "is given, and the answer is one string without a place for it; leave it out")
     if request.options.n != 1:
         raise InvalidRequest("n", f"is {request.options.n}; it must be 1, because the answer is one string")
     return request
@@ -187,7 +189,8 @@ def _logprobs(told: Sequence[TokenLogprob] | None, *, chat: bool) -> dict[str, A
         "logprobs": {
             "tokens": [_token_text(each.token) for each in told],
             "token_logprobs": [each.logprob for each in told],
-            "top_logprobs": [{_token_text(token): logprob for token, logprob in each.top} for each in told],
+            # Two tokens may have one text, such as a letter and its byte: the likelier one counts, and comes last here.
+            "top_logprobs": [{_token_text(token): value for token, value in reversed(each.top)} for each in told],
             "text_offset": [each.start for each in told],
         }
     }

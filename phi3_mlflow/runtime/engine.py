@@ -15,8 +15,9 @@ from .chat import Answer, Choice, Message, Piece, Request, TokenLogprob
 from .decoders.base import Decoder
 from .errors import InvalidRequest
 from .generation import Generation, Step
-from .grammar import Grammars
+from .grammar import Grammar, Grammars
 from .jobs import Job
+from .options import Options
 from .sampling import Logprob
 from .scheduler import Scheduler
 from .stops import Stops
@@ -60,7 +61,7 @@ class Run:
             while running:
                 index, event = self._events.get()
                 if isinstance(event, Exception):
-                    raise event
+                    raise event.with_traceback(None)  # other requests may have been given the same one
                 self.answer.cached_tokens = self.jobs[0].reused
                 choice = self.answer.choices[index]
                 piece = Piece(index, event.text, event.reason, None)
@@ -128,11 +129,7 @@ class Engine:
         ids, dropped = self._encode(request)
         room = self.context_length - len(ids)
         wanted = options.max_tokens or DEFAULT_MAX_TOKENS
-        grammar = self._grammars.compile(options.response_format)
-        for token in options.logit_bias:
-            if token >= self.tokens.vocab_size:
-                problem = f"is beyond this model's vocabulary; token ids are below {self.tokens.vocab_size}"
-                raise InvalidRequest(f"logit_bias[{token}]", problem)
+        grammar = self.check(options)
         if options.max_time is not None:
             own = time.monotonic() + options.max_time
             deadline = own if deadline is None else min(own, deadline)
@@ -154,6 +151,21 @@ class Engine:
         ]
         choices = [Choice(logprobs=[] if options.logprobs else None) for _ in generations]
         return Run(Answer(len(ids), choices, dropped), generations, self.tokens, deadline)
+
+    def check(self, options: Options) -> Grammar | None:
+        """Checks what of the options depends on the model.
+
+        Returns:
+            What answers must conform to, to be copied for each.
+
+        Raises:
+            InvalidRequest: an option means nothing to this model.
+        """
+        for token in options.logit_bias:
+            if token >= self.tokens.vocab_size:
+                problem = f"is beyond this model's vocabulary; token ids are below {self.tokens.vocab_size}"
+                raise InvalidRequest(f"logit_bias[{token}]", problem)
+        return self._grammars.compile(options.response_format)
 
     def start(self, run: Run) -> Run:
         """Hands a prepared run to the scheduler.

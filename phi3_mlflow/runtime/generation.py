@@ -71,7 +71,7 @@ class Generation:
 
     def __init__(
         self,
-        prompt: Sequence[int],
+        prompt: list[int],
         options: Options,
         *,
         max_tokens: int,

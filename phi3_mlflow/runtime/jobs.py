@@ -59,13 +59,18 @@ class Queue:
     def __init__(self) -> None:
         self._requests: deque[_Request] = deque()
 
-    def __len__(self) -> int:
-        """How many requests have jobs that wait."""
-        return len(self._requests)
+    def __bool__(self) -> bool:
+        """Whether a job waits."""
+        return bool(self._requests)
 
     def __iter__(self) -> Iterator[Job]:
         """All jobs that wait."""
         return (job for request in self._requests for job in request.jobs)
+
+    @property
+    def requests(self) -> int:
+        """How many requests wait to be begun."""
+        return sum(not request.begun for request in self._requests)
 
     def add(self, jobs: Iterable[Job]) -> None:
         """Puts one request's jobs at the end, to be served in this order."""
@@ -79,27 +84,27 @@ class Queue:
     def pop(self) -> Job:
         """Takes the first job out; its request goes behind the others."""
         request = self._requests.popleft()
-        request.begun = True
         job = request.jobs.popleft()
+        request.begun = request.begun or not job.ending()
         if request.jobs:
             self._requests.append(request)
         return job
 
-    def remove_ending(self) -> list[Job]:
+    def take_ending(self) -> list[Job]:
         """Takes out the jobs that must end."""
-        ending = [job for job in self if job.ending()]
-        self._remove(set(ending))
-        return ending
+        return self._take(lambda request, job: job.ending() is not None)
 
-    def remove_unbegun(self, seconds: float) -> list[Job]:
+    def take_unbegun(self, seconds: float) -> list[Job]:
         """Takes out the jobs of requests that have waited so long, and none of whose jobs was ever begun."""
         limit = time.monotonic() - seconds
-        late = [job for each in self._requests if not each.begun and each.came <= limit for job in each.jobs]
-        self._remove(set(late))
-        return late
+        return self._take(lambda request, job: not request.begun and request.came <= limit)
 
-    def _remove(self, jobs: set[Job]) -> None:
-        if jobs:
-            for request in self._requests:
-                request.jobs = deque(job for job in request.jobs if job not in jobs)
-            self._requests = deque(request for request in self._requests if request.jobs)
+    def _take(self, wanted: Callable[[_Request, Job], bool]) -> list[Job]:
+        taken: list[Job] = []
+        for request in self._requests:
+            kept: deque[Job] = deque()
+            for job in request.jobs:
+                (taken if wanted(request, job) else kept).append(job)
+            request.jobs = kept
+        self._requests = deque(request for request in self._requests if request.jobs)
+        return taken

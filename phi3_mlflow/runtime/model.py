@@ -30,7 +30,7 @@ from .chat import Request, Task, chunk, completion, last_chunk, parse_chat, pars
 from .decoders.base import Decoder
 from .engine import Engine, Run
 from .errors import Busy, InvalidRequest, Picklable
-from .settings import default_options, refuse_batching, settings_of
+from .settings import check_batching, default_options, refuse_batching, settings_of
 from .signatures import RESPONSE_FORMAT_OMITTED
 from .tokens import Tokens
 
@@ -245,6 +245,7 @@ def load_onnx(folder: Path, config: Mapping[str, Any]) -> Predictor:
         InvalidRequest: a setting is not allowed.
     """
     settings = settings_of(config)
+    check_batching(config)
     manifest.verify(folder)
     return _predictor(Tokens.from_folder(folder), _onnx_decoder(folder, settings), settings, config)
 
@@ -257,6 +258,11 @@ def _predictor(tokens: Tokens, decoder: Decoder, settings: Mapping[str, Any], co
         queue_timeout=settings.get("queue_timeout"),
         reuse=settings.get("prefix_reuse", "exact"),
     )
+    try:
+        engine.check(default_options(config))
+    except InvalidRequest:
+        engine.close()
+        raise
     return Predictor(engine, config)
 
 

@@ -26,8 +26,14 @@ def logprob(logits: np.ndarray, token: int, top: int) -> Logprob:
         logits: (vocabulary,) float32, as the model gave them.
         token: the id that was sampled.
         top: how many of the likeliest tokens to name; of equally likely ones the lowest ids.
+
+    Raises:
+        ArithmeticError: the model gave a logit that is not a number.
     """
-    shifted = logits.astype(np.float64) - logits.max()
+    largest = logits.max()
+    if np.isnan(largest):
+        raise ArithmeticError("the model gave a logit that is not a number")
+    shifted = logits.astype(np.float64) - largest
     logprobs = shifted - np.log(np.exp(shifted).sum())
     likeliest = _most_likely(logprobs, top, 1.0) if top else np.empty(0, int)
     likeliest = likeliest[np.argsort(-logprobs[likeliest], kind="stable")]

@@ -32,10 +32,15 @@ class _Slot:
     tokens: list[int] = field(default_factory=list)  # what the decoder's sequence holds
     usable: int = 0  # how many of them, from the first, another prompt may begin with
     job: Job | None = None
-    pending: Sequence[int] = ()  # what is still to be prefilled
+    pending: Sequence[int] = ()  # what is still to be prefilled: of the prompt, or without a job of the last answer
     next: int | None = None  # sampled, not decoded yet
     turn: int = 0  # the job's place in the order of admission
     fresh: bool = False  # admitted, and no chunk prefilled yet
+
+    @property
+    def kept(self) -> int:
+        """How many tokens the slot keeps without a job, those included that idle time is computing again."""
+        return len(self.tokens) + len(self.pending)
 
 
 class Scheduler:
@@ -75,7 +80,8 @@ class Scheduler:
         self._slots = [_Slot(index) for index in range(decoder.slots)]
         self._waiting = Queue()
         self._turns = itertools.count()
-        self._swept = self._worked = time.monotonic()
+        self._swept = time.monotonic()
+        self._renew_at = 0.0  # on time.monotonic()'s clock
         self._wake = threading.Condition()  # its lock guards the queue
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="phi3-scheduler", daemon=True)
@@ -92,15 +98,16 @@ class Scheduler:
             return
         if len(self._slots) == 1:
             # Prompts that begin alike come one after the other: the slot keeps what the last one began with.
-            ordered = sorted(jobs, key=lambda job: list(job.generation.prompt))
+            ordered = sorted(jobs, key=lambda job: job.generation.prompt)
         else:
             # The longest first, so that the last ones to end together are short.
             ordered = sorted(jobs, key=lambda job: -job.generation.most_tokens)
         with self._wake:
             if self._closed:
                 raise RuntimeError("the model was closed")
-            if self._queue_limit is not None and len(self._waiting) >= self._queue_limit:
-                count = len(self._waiting)
+            # Those that the thread is about to give to free slots do not have to wait.
+            count = self._waiting.requests - sum(slot.job is None for slot in self._slots)
+            if self._queue_limit is not None and count >= self._queue_limit:
                 raise Busy("1 request is waiting" if count == 1 else f"{count} requests are waiting", self._patience())
             self._waiting.add(ordered)
             self._wake.notify()
@@ -110,7 +117,8 @@ class Scheduler:
         now = time.monotonic()
         jobs = [slot.job for slot in self._slots]  # the scheduler's thread goes on meanwhile
         running = [now - job.admitted for job in jobs if job is not None]
-        return math.ceil(max(1.0, max(self._pace, *running, 0.0) * len(self._waiting) / len(self._slots)))
+        ahead = max(1, self._waiting.requests)
+        return math.ceil(max(1.0, max(self._pace, *running, 0.0) * ahead / len(self._slots)))
 
     def close(self) -> None:
         """Ends every job with an error, and the thread; returns when the decoder is closed."""
@@ -137,7 +145,7 @@ class Scheduler:
         with self._wake:
             timeout = None
             if self._renew_after is not None and self._renewable():
-                timeout = max(0.0, self._worked + self._renew_after - time.monotonic())
+                timeout = max(0.0, self._renew_at - time.monotonic())
             self._wake.wait_for(self._has_work, timeout)
             return not self._closed
 
@@ -151,14 +159,13 @@ class Scheduler:
             return
         self._swept = now
         with self._wake:
-            ending = self._waiting.remove_ending()
-            late = [] if self._queue_timeout is None else self._waiting.remove_unbegun(self._queue_timeout)
+            ending = self._waiting.take_ending()
+            late = [] if self._queue_timeout is None else self._waiting.take_unbegun(self._queue_timeout)
         for job in ending:
             self._deliver_end(job)
-        if late:
-            busy = Busy(f"the request waited for its turn for {self._queue_timeout:g} seconds", self._patience())
-            for job in late:
-                job.deliver(busy)
+        for job in late:
+            problem = f"the request waited for its turn for {self._queue_timeout:g} seconds"
+            job.deliver(Busy(problem, self._patience()))
 
     def _admit(self) -> None:
         """Gives waiting jobs to free slots."""
@@ -190,10 +197,10 @@ class Scheduler:
 
     def _evict(self, idle: Sequence[_Slot], room: int) -> None:
         """Forgets what idle slots keep, longest unused first, until the rest has room."""
-        kept = sum(len(slot.tokens) for slot in idle)
+        kept = sum(slot.kept for slot in idle)
         for slot in sorted(idle, key=lambda slot: slot.turn):
             if kept > room:
-                kept -= len(slot.tokens)
+                kept -= slot.kept
                 self._keep(slot, 0)
 
     def _keep(self, slot: _Slot, length: int) -> None:
@@ -263,7 +270,8 @@ class Scheduler:
 
     def _renew(self) -> None:
         """One chunk of an answer, which decoding wrote, by prefill; only after some time without any work."""
-        if self._renew_after is None or self._has_work() or time.monotonic() < self._worked + self._renew_after:
+        start = time.monotonic()
+        if self._renew_after is None or self._has_work() or start < self._renew_at:
             return
         slot = max(self._renewable(), key=lambda slot: slot.turn, default=None)
         if slot is None:
@@ -278,6 +286,9 @@ class Scheduler:
         self._decoder.prefill(slot.index, part, last=False)
         slot.tokens += part
         slot.usable = len(slot.tokens)
+        # Nobody waits for it: others get as much of the machine, and of Python's global lock.
+        now = time.monotonic()
+        self._renew_at = now + (now - start)
 
     def _renewable(self) -> list[_Slot]:
         """Idle slots of which another prompt could begin with more, were it prefilled."""
@@ -300,8 +311,9 @@ class Scheduler:
         """Takes the job out of its slot."""
         job, slot.job, slot.pending = slot.job, None, ()
         assert job is not None
-        self._worked = time.monotonic()
-        took = self._worked - job.admitted
+        now = time.monotonic()
+        self._renew_at = now + (self._renew_after or 0.0)
+        took = now - job.admitted
         self._pace += (took - self._pace) * (0.2 if self._pace else 1.0)
         return job
 

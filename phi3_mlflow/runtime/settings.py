@@ -29,11 +29,11 @@ def default_options(config: Mapping[str, Any]) -> Options:
     return Options().with_values({name: config[name] for name in NAMES if name in config})
 
 
-def check_config(config: Mapping[str, Any]) -> None:
+def check_config(task: str, config: Mapping[str, Any]) -> None:
     """Checks a model_config that a user wrote: options and SETTINGS.
 
     Raises:
-        InvalidRequest: an unknown name, or a value that is not allowed.
+        InvalidRequest: an unknown name, or a value that is not allowed for the task.
     """
     for name, value in config.items():
         if name in SETTINGS:
@@ -42,23 +42,12 @@ def check_config(config: Mapping[str, Any]) -> None:
         elif name not in NAMES:
             known = ", ".join([*SETTINGS, *NAMES])
             raise InvalidRequest(name, f"is not a setting of the model; the settings are {known}")
-    _check_together(config)
     default_options(config)
-
-
-def refuse_batching(config: Mapping[str, Any]) -> None:
-    """Checks that a model_config asks for nothing that only the ONNX builder's models can do.
-
-    Raises:
-        InvalidRequest: it does.
-    """
-    if config.get("parallel") not in (None, 1):
-        problem = f"is {shorten(config['parallel'])}, and a transformers model answers one request at a time"
-        raise InvalidRequest("parallel", f"{problem}; leave it out, or use the ONNX builder")
+    _check_defaults(task, config)
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a logged model's model_config.
+    """The settings in a logged model's model_config, which may have been changed when the model was loaded.
 
     Raises:
         FormatError: this runtime cannot read the model.
@@ -69,12 +58,46 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
             f"the model has format {config.get('format')}, and this process runs a runtime that reads format "
             f"{FORMAT}; load it in a process of its own, or with the version of phi3_mlflow that logged it"
         )
-    if config.get("task", TASKS[0]) not in TASKS:
-        raise FormatError(f"the model's task is {config['task']!r}; it must be one of {', '.join(TASKS)}")
-    _check_together(config)
+    task = config.get("task", TASKS[0])
+    if task not in TASKS:
+        raise FormatError(f"the model's task is {task!r}; it must be one of {', '.join(TASKS)}")
+    for name, kind, words in (("name", str, "text"), ("template", bool, "true or false")):
+        if not isinstance(config.get(name, kind()), kind):
+            raise InvalidRequest(name, f"is {shorten(config[name])}; it must be {words}")
+    _check_defaults(task, config)
     return {name: spec.check(name, config[name]) for name, spec in SETTINGS.items() if config.get(name) is not None}
 
 
-def _check_together(config: Mapping[str, Any]) -> None:
+def _check_defaults(task: str, config: Mapping[str, Any]) -> None:
+    """Refuses defaults that a request for the task could not be answered with, or not change back."""
+    if task != "flat":
+        if config.get("response_format") is not None:
+            problem = "cannot be a default: a request could not ask for text any more; set it in the requests"
+            raise InvalidRequest("response_format", problem)
+        return
+    if config.get("n") not in (None, 1):
+        raise InvalidRequest("n", f"is {config['n']}; it must be 1 for the flat task, whose answer is one string")
+    if config.get("logprobs"):
+        raise InvalidRequest("logprobs", "is true, and the flat task's answer is one string; leave it out")
+
+
+def check_batching(config: Mapping[str, Any]) -> None:
+    """Checks together what only the ONNX builder's models can do.
+
+    Raises:
+        InvalidRequest: one setting needs another one.
+    """
     if config.get("kv_budget") is not None and config.get("parallel") in (None, 1):
         raise InvalidRequest("kv_budget", "is given, and it needs `parallel` above 1; set that too, or leave it out")
+
+
+def refuse_batching(config: Mapping[str, Any]) -> None:
+    """Checks that a model_config asks for nothing that only the ONNX builder's models can do.
+
+    Raises:
+        InvalidRequest: it does.
+    """
+    for name in ("parallel", "kv_budget"):
+        if config.get(name) not in (None, 1):
+            problem = f"is {shorten(config[name])}, and a transformers model answers one request at a time"
+            raise InvalidRequest(name, f"{problem}; leave it out, or use the ONNX builder")
