@@ -29,6 +29,7 @@ lint: .venv/.all
 bench: .venv/.all
 	$(BIN)/python benchmarks/full_size.py
 	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/prefix.py
 	$(BIN)/python benchmarks/identity.py
 	$(BIN)/python benchmarks/ping.py
 

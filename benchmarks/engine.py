@@ -1,6 +1,6 @@
 """The engine against a bare onnxruntime-genai loop, and against llama.cpp where it is installed: in alternation.
 
-    python benchmarks/full_size.py && python benchmarks/engine.py            two cores: about 10 minutes
+    python benchmarks/full_size.py && python benchmarks/engine.py            two cores: about 8 minutes
     python benchmarks/engine.py --folder artifacts/onnx --tokens 24          a quick look at the embedded model
 
 Prints two tables below the name of the machine. All rates are of decoding: tokens per second in all while so many
@@ -31,7 +31,6 @@ from phi3_mlflow.runtime.model import Predictor, _onnx_decoder
 from phi3_mlflow.runtime.tokens import Tokens
 
 CONCURRENCIES = (1, 2, 4, 8)
-PREFIX, NEW = 400, 16  # tokens, of the prefix measurement
 
 
 class Watched:
@@ -177,10 +176,6 @@ def measure(asked: argparse.Namespace) -> dict[str, list[float]]:
             found[f"batched overhead {count}"].append(batched.watched.overhead())
             if peer is not None:
                 found[f"llama.cpp {count}"].append(peer.rate(count, prompt, tokens))
-        for name, bench in (("genai", genai), ("batched", batched)):
-            shared = bench.text(PREFIX)
-            found[f"{name} cold"].append(bench.first_token(shared + bench.text(NEW)))
-            found[f"{name} warm"].append(bench.first_token(shared + bench.text(NEW)))
     return found | {f"memory {name}": [amount / 2**30] for name, amount in memory.items()}
 
 
@@ -210,10 +205,6 @@ def targets(found: Mapping[str, float]) -> Iterator[str]:
         if f"llama.cpp {count}" in found:
             ratio = found[f"batched {count}"] / found[f"llama.cpp {count}"]
             yield f"| {count} request{'s' * (count > 1)} against llama.cpp | at least {least} | {ratio:.2f} |"
-    for name in ("genai", "batched"):
-        cold, warm = found[f"{name} cold"], found[f"{name} warm"]
-        label = f"first token, {PREFIX} of {PREFIX + NEW} tokens cached, against none ({name})"
-        yield f"| {label} | at most 0.1 | {warm / cold:.3f} ({warm:.2f} s, {cold:.2f} s) |"
     for name in ("genai", f"batched overhead {CONCURRENCIES[-1]}"):
         key = name if "overhead" in name else f"{name} overhead"
         label = "8 requests" if "batched" in name else "1 request"

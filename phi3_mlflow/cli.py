@@ -31,8 +31,12 @@ class _Group(click.Group):
             return super().invoke(context)
         except InvalidRequest as error:
             raise click.UsageError(str(error)) from error
+        except BrokenPipeError:  # click ends quietly
+            raise
         except (Phi3Error, OSError) as error:
             raise click.ClickException(str(error)) from error
+        except ModuleNotFoundError as error:
+            raise click.ClickException(f"the Python package {error.name} is needed and is not installed") from error
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:

@@ -36,6 +36,8 @@ def loaded(model_uri: str | None) -> Iterator[PyFuncModel]:
     with given_or_embedded(model_uri) as uri:
         model = mlflow.pyfunc.load_model(uri, suppress_warnings=True)
         task = (model.metadata.metadata or {}).get("task")
+        if task is None:
+            raise Phi3Error(f"{uri} was not logged by phi3_mlflow")
         if task != "llm/v1/chat":
             raise Phi3Error(f"{uri} is a model for the task {task}; a conversation needs one for llm/v1/chat")
         yield model

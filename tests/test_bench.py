@@ -138,12 +138,29 @@ def test_parallel_replaces_the_setting_of_a_model_that_was_logged_without_it(sav
     assert measured(saved["onnx"], *TINY, "--parallel", "3")["model"]["parallel"] == 3
 
 
-def test_a_full_queue_is_explained(odd_model):
-    result = bench(odd_model, "--prompt-tokens", "128", "--tokens", "100", "--concurrency", "8", "--prefix", "16")
+def test_the_models_limits_of_its_queue_do_not_spoil_a_measurement(odd_model):
+    result = measured(odd_model, *TINY, "--concurrency", "8")
+
+    assert [row["requests"] for row in result["concurrency"]] == [1, 8]
+
+
+def test_a_model_of_somebody_else_is_refused(tmp_path):
+    class Other(mlflow.pyfunc.PythonModel):
+        def predict(self, context, model_input, params=None):
+            return model_input
+
+    mlflow.pyfunc.save_model(tmp_path / "other", python_model=Other(), pip_requirements=[])
+    result = bench(tmp_path / "other", *TINY)
 
     assert result.exit_code == 1
-    assert "too many were waiting; lower --concurrency, or log the model with a larger queue_limit" in result.stderr
-    assert "Traceback" not in result.output
+    assert "was not logged by phi3_mlflow" in result.stderr
+
+
+def test_a_plot_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path):
+    result = bench(*TINY, "--plot", tmp_path / ("long" * 100 + ".png"))
+
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "long.png" in result.stderr
 
 
 def test_a_plot_is_a_png(saved, tmp_path):

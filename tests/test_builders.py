@@ -258,3 +258,11 @@ def test_the_weights_are_freed_with_the_loaded_model(saved, builder):
 
     own.join(timeout=60)
     assert not own.is_alive()
+
+
+def test_a_budget_that_holds_no_conversation_is_refused_before_anything_is_written(builder, tmp_path):
+    with pytest.raises(
+        InvalidRequest, match=r"`(kv_budget|parallel)` is .*(one sequence of 4096 tokens|transformers model)"
+    ):
+        BUILDERS[builder].save_model(tmp_path / "model", model_config={"parallel": 4, "kv_budget": "1KiB"})
+    assert not (tmp_path / "model").exists()

@@ -670,6 +670,18 @@ def test_a_prefix_is_copied_from_a_slot_in_use(start):
     assert [one.job.reused for one in asked] == [0, 8]
 
 
+def test_a_prefix_is_not_copied_where_that_takes_longer_than_what_is_lost(start):
+    decoder = FakeDecoder(lambda prompt: [], slots=2, context_length=99)
+    scheduler = start(decoder)
+    document = [*LETTERS[:16], *LETTERS[:16], *LETTERS[4:20], *LETTERS[:16]]
+    ask(scheduler, [*document, 5, 5, 5, 5]).result()
+    decoder.calls.clear()
+    asked = ask(scheduler, [*document, 6, 6, 6, 6])
+    asked.result()
+    assert asked.job.reused == 64
+    assert decoder.calls[0] == ("rewind", 0, [64])
+
+
 def test_a_prefix_is_copied_where_the_slot_would_lose_what_comes_after_it(start):
     decoder = FakeDecoder(lambda prompt: [], slots=2)
     scheduler = start(decoder)

@@ -10,7 +10,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -153,6 +153,17 @@ def _rate(answers: Sequence[Answer]) -> float:
     return sum(answer.completion_tokens for answer in answers) / seconds
 
 
+def _check_plot(plot: Path) -> None:
+    """Finds out before the measurement whether the file can be written."""
+    if plot.suffix.lower() != ".png" or not plot.absolute().parent.is_dir():
+        problem = f"is {str(plot)!r}; it must be a file that ends in .png, in a folder that exists"
+        raise InvalidRequest("--plot", problem)
+    existed = plot.exists()
+    plot.open("ab").close()
+    if not existed:
+        plot.unlink()
+
+
 def run(
     model_uri: str | None, plan: Plan, *, parallel: int | None = None, plot: Path | None = None, log: bool = False
 ) -> dict[str, Any]:
@@ -174,10 +185,8 @@ def run(
         InvalidRequest: a size does not fit the model, or the model cannot do `parallel`.
         Phi3Error: the model cannot be measured.
     """
-    if plot is not None and (plot.suffix != ".png" or not plot.absolute().parent.is_dir()):
-        raise InvalidRequest(
-            "--plot", f"is {str(plot)!r}; it must be a file that ends in .png, in a folder that exists"
-        )
+    if plot is not None:
+        _check_plot(plot)
     if log:
         # A store that cannot be reached should not cost the numbers, nor the client's own memory be the model's.
         mlflow.MlflowClient().search_experiments(max_results=1)
@@ -190,7 +199,7 @@ def run(
         active = stack.enter_context(mlflow.start_run(run_name=f"bench {name}")) if log else None
         forget_peak()
         total = plan.rounds * (sum(plan.concurrency) + len(_PREFIX_CASES))
-        with tqdm(total=total, desc="bench", unit=" answers", delay=2, leave=False) as bar:
+        with tqdm(total=total, desc="bench", unit=" answers", delay=2, mininterval=1, leave=False) as bar:
             measured = measure(found, plan, bar.update)
         result = {
             "model": {
@@ -198,12 +207,15 @@ def run(
                 "name": name,
                 "task": found.task,
                 "builder": found.builder,
-                "parallel": found.config.get("parallel") or 1,
+                "parallel": int(found.config.get("parallel") or 1),
                 "context_length": found.context_length,
+                "threads": found.config.get("threads"),
+                "prefix_reuse": found.config.get("prefix_reuse") or "exact",
+                "kv_budget": found.config.get("kv_budget"),
             },
             "machine": machine(),
             "versions": {package: version(package) for package in _PACKAGES[found.builder]},
-            "settings": {"tokens": plan.tokens, "rounds": plan.rounds, "prefix": plan.prefix},
+            "settings": {**asdict(plan), "concurrency": ",".join(map(str, plan.concurrency))},
             **measured,
             "memory": {**memory, "peak_bytes": peak()},
         }

@@ -169,7 +169,9 @@ def _bars(
     axes: "Axes", places: Sequence[float], heights: list[float], colour: Any, width: float, label: str = ""
 ) -> None:
     bars = axes.bar(places, heights, color=colour, width=width, label=label)
-    axes.bar_label(bars, [_short(height) for height in heights], padding=3, fontsize=9, color=_GREY)
+    axes.bar_label(
+        bars, [_short(height) for height in heights], padding=3, fontsize=9 if len(heights) <= 5 else 6, color=_GREY
+    )
     axes.set_ylim(0, max(axes.get_ylim()[1], max(heights) * _HEADROOM))
 
 

@@ -3,7 +3,7 @@
 Prompts are random digits, so that none begins like another one, and answers are digits too: a bias on the logits
 forbids the control tokens, which end an answer or show nothing. So each token of an answer is text, and the first and
 the last chunk with text are those of the first and the last token. MLflow's schema for completions has no place for a
-bias; there a regex does the same, and the time that its masks take is measured along.
+bias; there a regex does the same, and the time that its masks take is part of what is measured.
 """
 
 import json
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.pyfunc import PyFuncModel
 
@@ -72,13 +71,18 @@ def subject(model_uri: str | None, parallel: int | None = None) -> Iterator[tupl
         folder = Path(mlflow.artifacts.download_artifacts(uri))
         logged = Model.load(folder)
         task = (logged.metadata or {}).get("task")
+        if task is None:
+            raise Phi3Error(f"{uri} was not logged by phi3_mlflow, and nothing else can be measured")
         if task not in ("llm/v1/chat", "llm/v1/completions"):
             raise Phi3Error(
                 f"{uri} is a model for the task {task}; a measurement needs one for llm/v1/chat or llm/v1/completions"
                 + (": the flat task's answers have no token counts" if task == "flat" else "")
             )
         flavor = logged.flavors["python_function"]
-        config = {**flavor["config"], **({} if parallel is None else {"parallel": parallel})}
+        # All requests of a measurement wait as long as they have to.
+        config = {**flavor["config"], "queue_limit": 2**20, "queue_timeout": None}
+        if parallel is not None:
+            config["parallel"] = parallel
         before = resident()
         model = mlflow.pyfunc.load_model(str(folder), suppress_warnings=True, model_config=config)
         memory = {"before_loading_bytes": before, "after_loading_bytes": resident()}
@@ -144,7 +148,7 @@ class Requests:
         """Answers to requests that arrive within some seconds of each other.
 
         Raises:
-            Phi3Error: the model's queue is full, or an answer is not as long as it was asked to be.
+            Phi3Error: an answer is not as long as it was asked to be.
         """
         results: queue.SimpleQueue[Answer | Exception] = queue.SimpleQueue()
 
@@ -170,7 +174,7 @@ class Requests:
                     self._advance(0)
                     continue
                 if isinstance(result, Exception):
-                    raise _explained(result)
+                    raise result
                 answers.append(result)
                 self._advance(1)
         except BaseException:
@@ -218,12 +222,3 @@ def _checked(start: float, arrivals: Sequence[float], last: Mapping[str, Any], t
         )
     cached = custom.get("cached_tokens", 0)
     return Answer(start, arrivals[0], arrivals[-1], usage["prompt_tokens"], tokens, cached)
-
-
-def _explained(error: Exception) -> Exception:
-    if isinstance(error, MlflowException) and error.error_code == "RESOURCE_EXHAUSTED":
-        return Phi3Error(
-            "the model refused a request because too many were waiting; lower --concurrency, or log the model with a "
-            "larger queue_limit"
-        )
-    return error

@@ -1,6 +1,7 @@
 """The ONNX builder: an onnxruntime-genai folder as an MLflow PythonModel, in models-from-code form."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from mlflow.models.model import ModelInfo
 from phi3_mlflow import runtime
 from phi3_mlflow.runtime import manifest
 from phi3_mlflow.runtime.chat import Task
-from phi3_mlflow.runtime.settings import check_batching
+from phi3_mlflow.runtime.settings import SETTINGS, check_batching
 from phi3_mlflow.runtime.signatures import input_example, signature
 from phi3_mlflow.runtime.tokens import Tokens
 from phi3_mlflow.weights import onnx_files, resolve
@@ -57,6 +58,12 @@ def save_model(
     found = resolve(weights, "onnx", revision=revision)
     config = common.full_config(task, found.source, model_config, template)
     check_batching(config)
+    if config["kv_budget"] is not None:
+        from phi3_mlflow.runtime.decoders.batched import CannotBatch, check_budget
+
+        budget = SETTINGS["kv_budget"].check("kv_budget", config["kv_budget"])
+        with suppress(CannotBatch):  # the model falls back when it is loaded, and says why
+            check_budget(found.folder, config["context_length"], int(budget))
     Tokens.from_folder(found.folder)
     path, model = Path(path), mlflow_model or Model()
     with common.staged_code() as code, common.quiet_mlflow():

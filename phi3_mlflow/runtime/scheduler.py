@@ -24,6 +24,8 @@ _logger = logging.getLogger(__name__)
 Reuse = Literal["exact", "all"]
 # Seconds between two looks at the jobs that wait: there may be thousands, and a step may take a millisecond.
 _SWEEP = 0.05
+# Tokens that are copied at least in the time in which one is computed: at full size 47 ms against 0.5 to 2.5 ms.
+_COPIES = 16
 
 
 @dataclass
@@ -189,9 +191,11 @@ class Scheduler:
             self._evict(free, room)
 
     def _choose(self, free: Sequence[_Slot], prompt: Sequence[int]) -> _Slot:
-        """The free slot that loses nothing by beginning with the prompt, or else was used longest ago."""
+        """The free slot that loses next to nothing by beginning with the prompt, or else was used longest ago."""
         best = max(free, key=lambda slot: self._reusable(slot, prompt))
-        if len(self._slots) == 1 or best.usable - self._reusable(best, prompt) < self._unit:
+        shared = self._reusable(best, prompt)
+        lost = best.usable - shared
+        if len(self._slots) == 1 or lost < self._unit or lost * _COPIES <= shared:
             return best
         return min(free, key=lambda slot: (slot.usable >= self._unit, slot.turn))
 

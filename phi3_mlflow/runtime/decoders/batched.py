@@ -245,6 +245,23 @@ class BatchedDecoder:
             raise CannotBatch(f"the graph does not run with past and present in the same memory: {error}") from error
 
 
+def check_budget(folder: Path, context_length: int | None, budget: int) -> None:
+    """Checks a budget without loading the weights.
+
+    Args:
+        folder: as for BatchedDecoder.
+        context_length: as for BatchedDecoder.
+        budget: bytes.
+
+    Raises:
+        CannotBatch: the folder's configuration does not allow batching.
+        InvalidRequest: the budget does not hold one whole sequence.
+    """
+    shape = _read_config(folder)
+    length = min(context_length or shape.context_length, shape.context_length)
+    _capacity(budget, position_bytes(shape.layers, shape.heads, shape.head_size), length)
+
+
 def _capacity(budget: int | None, token_bytes: int, context_length: int) -> int:
     """How many tokens the budget holds."""
     if budget is None:
