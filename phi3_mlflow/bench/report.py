@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BLUE, _ORANGE, _GREY = "#2f6fb0", "#d9822b", "#5c6670"
+_LEAST = 0.01  # milliseconds; a small model's tokens may come in one burst
 _HEADROOM = 1.2  # above the highest bar, for numbers and the legend
 _MEMORY = {"before_loading_bytes": "before loading", "after_loading_bytes": "after loading", "peak_bytes": "at most"}
 
@@ -145,6 +146,8 @@ def _versions(result: Mapping[str, Any]) -> str:
 def _time(milliseconds: float | None) -> str:
     if milliseconds is None:
         return "-"
+    if milliseconds < _LEAST:
+        return f"<{_LEAST} ms"
     if milliseconds >= 1000:
         return f"{milliseconds / 1000:.2f} s"
     return f"{milliseconds:.{0 if milliseconds >= 100 else 1 if milliseconds >= 10 else 2}f} ms"

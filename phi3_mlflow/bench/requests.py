@@ -8,6 +8,7 @@ bias; there a regex does the same, and the time that its masks take is part of w
 
 import json
 import logging
+import os
 import queue
 import random
 import threading
@@ -23,10 +24,11 @@ from mlflow.models import Model
 from mlflow.pyfunc import PyFuncModel
 
 from phi3_mlflow.machine import resident
-from phi3_mlflow.runtime.errors import Phi3Error
+from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error
 from phi3_mlflow.runtime.tokens import Tokens
 from phi3_mlflow.terminal import given_or_embedded
 
+_OVERRIDES = "MLFLOW_PYFUNC_INFERENCE_CONFIG"
 _BIAS = 100  # the most that the contract allows
 
 
@@ -80,7 +82,7 @@ def subject(model_uri: str | None, parallel: int | None = None) -> Iterator[tupl
             )
         flavor = logged.flavors["python_function"]
         # All requests of a measurement wait as long as they have to.
-        config = {**flavor["config"], "queue_limit": 2**20, "queue_timeout": None}
+        config = {**flavor["config"], **_from_environment(), "queue_limit": 2**20, "queue_timeout": None}
         if parallel is not None:
             config["parallel"] = parallel
         before = resident()
@@ -94,6 +96,14 @@ def subject(model_uri: str | None, parallel: int | None = None) -> Iterator[tupl
             own = json.loads((tokenizer / "genai_config.json").read_text("utf-8"))["model"]["context_length"]
         context = min(config.get("context_length") or own, own)
         yield Subject(model, config, builder, Tokens.from_folder(tokenizer), context), memory
+
+
+def _from_environment() -> dict[str, Any]:
+    """The settings that MLflow takes from the environment, and which an argument of load_model would overrule."""
+    try:
+        return dict(json.loads(os.environ.get(_OVERRIDES) or "{}"))
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(_OVERRIDES, f"is not a JSON object: {error}") from error
 
 
 @dataclass(frozen=True)
