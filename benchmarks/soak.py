@@ -109,7 +109,7 @@ class Soak:
         """Slots that are still taken, and requests that still wait, when all clients are gone."""
         scheduler = self.predictor._engine._scheduler
         limit = time.monotonic() + 10
-        while (taken := sum(slot.job is not None for slot in scheduler._slots) + len(scheduler._waiting)) and (
+        while (taken := sum(slot.job is not None for slot in scheduler._slots) + len(list(scheduler._waiting))) and (
             time.monotonic() < limit
         ):
             time.sleep(0.05)

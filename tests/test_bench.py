@@ -264,7 +264,14 @@ def test_ctrl_c_ends_it_at_once_and_without_a_traceback(saved, tmp_path):
     # Most of the requests are still waiting in the queue when it comes.
     sizes = ["--prompt-tokens", "3000", "--tokens", "9", "--concurrency", "24"]
     command = [sys.executable, "-m", "phi3_mlflow", "bench", str(saved["transformers"]), *sizes]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+        # A test run in the background of a shell has the signal ignored, and would hand that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     shown = b""
     try:
         while b"bench:" not in shown and (more := process.stderr.read1()):  # the progress bar, after two seconds
