@@ -19,18 +19,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import full_size
 import llama_cpp_peer
 import numpy as np
 import onnxruntime_genai as og
 import pandas as pd
-from full_size import ROOT
+from llama_cpp_peer import CONCURRENCIES
 
 from phi3_mlflow import machine
 from phi3_mlflow.runtime.engine import Engine
 from phi3_mlflow.runtime.model import Predictor, _onnx_decoder
 from phi3_mlflow.runtime.tokens import Tokens
-
-CONCURRENCIES = (1, 2, 4, 8)
 
 
 class Watched:
@@ -160,7 +159,7 @@ def measure(asked: argparse.Namespace) -> dict[str, list[float]]:
     genai = Bench(asked.folder, **settings)
     genai.ask(genai.text(prompt), 2)
     peer = None
-    if asked.folder == FULL_SIZE and llama_cpp_peer.available():
+    if asked.folder == full_size.FOLDER and llama_cpp_peer.available():
         if not llama_cpp_peer.FILE.exists():
             llama_cpp_peer.make()
         peer = llama_cpp_peer.LlamaCpp(threads=asked.threads)
@@ -205,9 +204,7 @@ def targets(found: Mapping[str, float]) -> Iterator[str]:
         if f"llama.cpp {count}" in found:
             ratio = found[f"batched {count}"] / found[f"llama.cpp {count}"]
             yield f"| {count} request{'s' * (count > 1)} against llama.cpp | at least {least} | {ratio:.2f} |"
-    for name in ("genai", f"batched overhead {CONCURRENCIES[-1]}"):
-        key = name if "overhead" in name else f"{name} overhead"
-        label = "8 requests" if "batched" in name else "1 request"
+    for label, key in (("1 request", "genai overhead"), ("8 requests", "batched overhead 8")):
         yield f"| sampling, stops, guards per token, {label} | at most 2 ms | {found[key] * 1000:.2f} ms |"
     yield (
         f"| memory besides the loaded model ({found['memory loaded']:.2f} GiB) and the KV cache in use "
@@ -215,13 +212,9 @@ def targets(found: Mapping[str, float]) -> Iterator[str]:
     )
 
 
-FULL_SIZE = ROOT / ".bench" / "full-size"
-
-
 def main() -> None:
     """Measures what the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=FULL_SIZE)
+    parser = full_size.options(__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="alternations; the tables have the medians")
     parser.add_argument("--prompt", type=int, default=32, help="tokens")
     parser.add_argument("--tokens", type=int, default=32, help="that all requests of a measurement decode together")

@@ -22,6 +22,7 @@ from phi3_mlflow.runtime import manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = ROOT / "artifacts" / "onnx"
+FOLDER = ROOT / ".bench" / "full-size"
 BLOCK = 32  # weights that share a scale
 _LAYER = re.compile(r"\b(layers|past_key_values|present)\.(\d+)")
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "LICENSE")
@@ -80,6 +81,13 @@ def make(folder: Path, shape: Shape | None = None, seed: int = 0) -> Path:
     manifest.write(unfinished)
     unfinished.rename(folder)
     return folder
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """What the command lines of the benchmarks on such a folder begin with."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    return parser
 
 
 def _write_model(folder: Path, shape: Shape, seed: int) -> None:
@@ -211,7 +219,7 @@ def _write_configs(folder: Path, shape: Shape) -> None:
 def main() -> None:
     """Makes the folder that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / ".bench" / "full-size")
+    parser.add_argument("folder", nargs="?", type=Path, default=FOLDER)
     folder = parser.parse_args().folder
     if folder.exists():
         print(f"{folder} is there already")

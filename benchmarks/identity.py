@@ -7,14 +7,13 @@ tolerance, the other one may be chosen; the first such place of an answer is sho
 answer differs in any other place. (The tests do the same for 200 mixes on the embedded model.)
 """
 
-import argparse
 import sys
 import threading
 import time
-from pathlib import Path
 from random import Random
 
-from engine import FULL_SIZE, Bench
+import full_size
+from engine import Bench
 
 from phi3_mlflow import machine
 
@@ -24,8 +23,7 @@ TOLERANCE = 0.02
 
 def main() -> None:
     """Compares what the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=FULL_SIZE)
+    parser = full_size.options(__doc__)
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=24, help="of each answer")
     parser.add_argument("--parallel", type=int, default=4)

@@ -3,7 +3,6 @@
 python benchmarks/full_size.py && python benchmarks/ping.py       two cores: about 2 minutes, and 3 GB of disk
 """
 
-import argparse
 import json
 import tempfile
 import threading
@@ -11,9 +10,9 @@ import time
 from pathlib import Path
 from random import Random
 
+import full_size
 import numpy as np
 import requests
-from engine import FULL_SIZE
 
 from phi3_mlflow import machine
 from phi3_mlflow.builders import genai
@@ -59,8 +58,7 @@ def busy_pings(address: str, rounds: int, prompt: int, tokens: int) -> np.ndarra
 
 def main() -> None:
     """Measures what the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=FULL_SIZE)
+    parser = full_size.options(__doc__)
     parser.add_argument("--rounds", type=int, default=2, help="questions of each client")
     parser.add_argument("--prompt", type=int, default=64, help="tokens, about")
     parser.add_argument("--tokens", type=int, default=24, help="of each answer, at most")

@@ -3,20 +3,18 @@
 python benchmarks/full_size.py && python benchmarks/prefix.py       two cores: about 3 minutes
 """
 
-import argparse
 from collections import defaultdict
-from pathlib import Path
 from statistics import median
 
-from engine import FULL_SIZE, Bench
+import full_size
+from engine import Bench
 
 from phi3_mlflow import machine
 
 
 def main() -> None:
     """Measures what the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=FULL_SIZE)
+    parser = full_size.options(__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="alternations; the table has the medians")
     parser.add_argument("--prefix", type=int, default=400, help="tokens that the prompts share")
     parser.add_argument("--new", type=int, default=16, help="tokens that they do not share")

@@ -32,8 +32,7 @@ def table(result: Mapping[str, Any]) -> str:
     ]
     prefixes = [
         [f"{settings['prefix']} shared tokens {name}", _time(case["first_token_ms"]), f"{case['cached_tokens']:g}"]
-        for name, case in prefix.items()
-        if isinstance(case, Mapping)
+        for name, case in _cases(prefix).items()
     ]
     parts = [
         describe(result),
@@ -92,7 +91,7 @@ def figure(result: Mapping[str, Any]) -> "Figure":
     firsts.legend(frameon=False, loc="upper left", ncols=2)
     _label(firsts, "First token", "requests at once", f"time to first token ({unit})")
 
-    cases = {name: case for name, case in prefix.items() if isinstance(case, Mapping)}
+    cases = _cases(prefix)
     scale, unit = _unit([case["first_token_ms"] for case in cases.values()])
     times = [case["first_token_ms"] / scale for case in cases.values()]
     _bars(prefixes, range(len(times)), times, [_GREY, _BLUE], 0.55)
@@ -117,16 +116,18 @@ def log_run(result: Mapping[str, Any]) -> None:
         numbers = {name: value for name, value in row.items() if name != "requests" and value is not None}
         mlflow.log_metrics(numbers, step=row["requests"])
     prefixes = {
-        f"prefix_{name}_{key}": value
-        for name, case in result["prefix"].items()
-        if isinstance(case, Mapping)
-        for key, value in case.items()
+        f"prefix_{name}_{key}": value for name, case in _cases(result["prefix"]).items() for key, value in case.items()
     }
     memory = {f"memory_{name}": value for name, value in result["memory"].items() if value is not None}
     mlflow.log_metrics({**prefixes, **memory})
     mlflow.log_figure(figure(result), "bench.png")
     mlflow.log_text(table(result) + "\n", "bench.md")
     mlflow.log_dict(dict(result), "bench.json")
+
+
+def _cases(prefix: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The cases of the prefix measurement by their names."""
+    return {name: case for name, case in prefix.items() if isinstance(case, Mapping)}
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -146,9 +146,7 @@ class Requests:
         digits = [subject.tokens.encode_text(digit)[-1] for digit in "0123456789"]
         control = dict.fromkeys(subject.tokens.control.values(), -_BIAS)
         self._bias = {str(token): bias for token, bias in (control | dict.fromkeys(digits, _BIAS)).items()}
-        self._params: dict[str, Any] = {"repetition_guard": False, "self_talk_guard": False}
-        if "max_time" in subject.config:
-            self._params["max_time"] = 1e6
+        self._params: dict[str, Any] = {"repetition_guard": False, "self_talk_guard": False, "max_time": 1e6}
 
     def digits(self, count: int) -> str:
         """Text of so many tokens."""

@@ -146,7 +146,7 @@ class Scheduler:
     def _sleep_while_idle(self) -> bool:
         with self._wake:
             timeout = None
-            if self._renew_after is not None and self._renewable():
+            if self._renew_after is not None and not self._has_work() and self._renewable():
                 timeout = max(0.0, self._renew_at - time.monotonic())
             self._wake.wait_for(self._has_work, timeout)
             return not self._closed
