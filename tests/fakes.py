@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from phi3_mlflow.runtime.decoders.base import Part
 from phi3_mlflow.runtime.tokens import Tokens
 
 WORDS = ["hello", "world", "the", "capital", "of", "spain", "is", "madrid", "user", "end", "yes", "no", "one", "two"]
@@ -156,7 +157,9 @@ class FakeDecoder:
         chunk: see Decoder.
         context_length: see Decoder.
         capacity: see Decoder; None for room in every slot.
-        on_call: called before each call with its name, slot (None for decode) and ids; may raise or wait.
+        mixed: see Decoder.
+        on_call: called in each call with its name, slot (None for decode) and ids; may raise or wait. A step counts as
+            a "prefill" of each slot whose prompt it goes on with, and as one "decode" of all others together.
     """
 
     def __init__(
@@ -167,41 +170,65 @@ class FakeDecoder:
         chunk: int = 4,
         context_length: int = 64,
         capacity: int | None = None,
+        mixed: bool = False,
         on_call: Callable[[str, int | None, list[int]], None] = lambda name, slot, ids: None,
     ):
         self.slots, self.chunk, self.context_length, self.eos = slots, chunk, context_length, EOS
         self.capacity = capacity or slots * context_length
+        self.mixed = mixed
         self.calls: list[tuple[str, int | None, list[int]]] = []
         self.closed = False
         self._script = script
         self._on_call = on_call
         self._sequences: list[list[tuple[int, tuple[int, ...]]]] = [[] for _ in range(slots)]
-        self._prompts = [0] * slots
+        self._prompts = [0] * slots  # where the prompt ends
+        self._answers = [False] * slots  # whether it has, and an answer is being decoded
+        self._failed = False
 
-    def prefill(self, slot: int, ids: Sequence[int], *, last: bool) -> np.ndarray | None:
-        assert 1 <= len(ids) <= self.chunk
-        self._append(slot, list(ids))
-        self._note("prefill", slot, ids)
-        self._prompts[slot] = len(self._sequences[slot])
-        return self._logits(slot) if last else None
-
-    def decode(self, tokens: Mapping[int, int]) -> Mapping[int, np.ndarray]:
-        assert tokens
-        for slot, token in tokens.items():
-            self._append(slot, [token])
-        self._note("decode", None, [*tokens.values()])
-        return {slot: self._logits(slot) for slot in tokens}
+    def step(self, parts: Mapping[int, Part]) -> Mapping[int, np.ndarray]:
+        assert parts
+        prompts = {slot: part for slot, part in parts.items() if not self._answers[slot]}
+        answers = {slot: part for slot, part in parts.items() if slot not in prompts}
+        assert self.mixed or len(parts) == 1 or not prompts
+        assert sum(len(part.ids) for part in prompts.values()) <= self.chunk
+        assert all(len(part.ids) == 1 for part in answers.values())
+        places = {}
+        for slot, part in parts.items():
+            assert 0 <= part.logits <= len(part.ids)
+            assert part.ids
+            self._append(slot, list(part.ids))
+            if slot in prompts:
+                self._prompts[slot] = len(self._sequences[slot])
+            places[slot] = range(len(self._sequences[slot]) - part.logits + 1, len(self._sequences[slot]) + 1)
+        try:
+            for slot, part in prompts.items():
+                self._note("prefill", slot, part.ids)
+            if answers:
+                self._note("decode", None, [part.ids[0] for part in answers.values()])
+        except BaseException:
+            self._failed = True
+            raise
+        for slot, part in prompts.items():
+            self._answers[slot] = part.logits > 0
+        return {
+            slot: np.stack([self._logits(slot, place) for place in places[slot]])
+            for slot, part in parts.items()
+            if part.logits
+        }
 
     def rewind(self, slot: int, length: int) -> None:
         self._note("rewind", slot, [length])
         assert 0 <= length <= len(self._sequences[slot])
         del self._sequences[slot][length:]
+        # An answer goes on only where what a failed step may have left is taken back.
+        self._answers[slot] = self._answers[slot] and self._failed and length >= self._prompts[slot]
 
     def copy(self, source: int, target: int, length: int) -> None:
         self._note("copy", target, [source, length])
         assert source != target
         assert 0 <= length <= len(self._sequences[source])
         self._sequences[target] = self._sequences[source][:length]
+        self._answers[target] = False
 
     def close(self) -> None:
         assert not self.closed
@@ -224,10 +251,10 @@ class FakeDecoder:
         self._sequences[slot] += [(token, tuple(ids)) for token in ids]
         assert len(self._sequences[slot]) <= self.context_length
 
-    def _logits(self, slot: int) -> np.ndarray:
-        sequence = [token for token, _ in self._sequences[slot]]
+    def _logits(self, slot: int, length: int) -> np.ndarray:
+        sequence = [token for token, _ in self._sequences[slot][:length]]
         if self._script is None:
-            return hashed(self._sequences[slot])
+            return hashed(self._sequences[slot][:length])
         start = self._prompts[slot]
         answer = [*self._script(sequence[:start]), IDS["<|end|>"]]
         return peak(answer[min(len(sequence) - start, len(answer) - 1)])

@@ -13,7 +13,8 @@ from fakes import EOS, TOKENS, VOCAB_SIZE, FakeDecoder, spell
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi3_mlflow.runtime.errors import Busy
+from phi3_mlflow.runtime.decoders.base import Part
+from phi3_mlflow.runtime.errors import Busy, Unavailable
 from phi3_mlflow.runtime.generation import Generation
 from phi3_mlflow.runtime.jobs import Job
 from phi3_mlflow.runtime.options import Options
@@ -43,7 +44,7 @@ class Ask:
 
     def __init__(self, prompt, max_tokens=6, seed=None, kind=Generation):
         self.events = queue.SimpleQueue()
-        self.job = Job(generation(prompt, max_tokens, seed, kind), self.events.put)
+        self.job = Job(generation(prompt, max_tokens, seed, kind), self.events.put, renew=True)
 
     def result(self):
         """(text, reason, sampled) of the answer, or the exception that ended it. Nothing may come after the end."""
@@ -61,13 +62,14 @@ def alone(prompt, max_tokens=6, seed=None, **values):
     """The answer of a fresh decoder, without a scheduler."""
     decoder, answer, text = FakeDecoder(**values), generation(prompt, max_tokens, seed), ""
     for start in range(0, len(prompt), decoder.chunk):
-        logits = decoder.prefill(0, prompt[start : start + decoder.chunk], last=start + decoder.chunk >= len(prompt))
+        ids = prompt[start : start + decoder.chunk]
+        logits = decoder.step({0: Part(ids, int(start + decoder.chunk >= len(prompt)))})
     while True:
-        step = answer.accept(logits)
-        text += step.text
-        if step.reason is not None:
-            return text, step.reason, answer.sampled
-        logits = decoder.decode({0: step.token})[0]
+        piece = answer.accept(logits[0][0])
+        text += piece.text
+        if piece.reason is not None:
+            return text, piece.reason, answer.sampled
+        logits = decoder.step({0: Part([answer.next], 1)})
 
 
 class Gate:
@@ -97,8 +99,18 @@ def start():
 
 def ask(scheduler, *arguments, **values):
     asked = Ask(*arguments, **values)
-    scheduler.submit(asked.job)
+    submit(scheduler, asked)
     return asked
+
+
+def submit(scheduler, *asked):
+    """Hands jobs over as one request."""
+
+    def fail(error):
+        for one in asked:
+            one.events.put(error)
+
+    scheduler.submit([one.job for one in asked], fail)
 
 
 def idle(scheduler):
@@ -194,15 +206,15 @@ class Recorded(Generation):
     said = ()
 
     def accept(self, logits):
-        step = super().accept(logits)
-        self.said = (*self.said, *([] if step.token is None else [step.token]))
-        return step
+        piece = super().accept(logits)
+        self.said = (*self.said, *([] if self.next is None else [self.next]))
+        return piece
 
 
 def settle(scheduler):
     """Waits until idle time has done what it can."""
     limit = time.monotonic() + PATIENCE
-    while scheduler._renewable() or not idle(scheduler):
+    while scheduler._prefixes.renewable() or not idle(scheduler):
         assert time.monotonic() < limit
         time.sleep(0.001)
 
@@ -349,32 +361,12 @@ def test_requests_with_many_jobs_take_turns(start):
     assert gate.reached.wait(PATIENCE)
     tables = [[Ask([at, at]) for at in LETTERS[:3]], [Ask([at, at]) for at in LETTERS[3:6]], [Ask([LETTERS[6]])]]
     for table in tables:
-        scheduler.submit(*(one.job for one in table))
+        submit(scheduler, *table)
     gate.open.set()
     for one in [*asked, *itertools.chain(*tables)]:
         one.result()
     served = [ids[0] for name, _, ids in decoder.calls if name == "prefill"][1:]
     assert served == [LETTERS[at] for at in (0, 3, 6, 1, 4, 2, 5)]
-
-
-def test_jobs_of_one_request_that_begin_alike_follow_each_other_in_the_only_slot(start):
-    decoder = FakeDecoder(lambda prompt: [])
-    documents = [LETTERS[:8], LETTERS[8:16]]
-    asked = [Ask([*documents[at % 2], 5 + at]) for at in range(8)]
-    start(decoder).submit(*(one.job for one in asked))
-    for one in asked:
-        one.result()
-    assert sorted(one.job.reused for one in asked) == [0] * 2 + [8] * 6
-
-
-def test_with_several_slots_the_longest_jobs_of_a_request_come_first(start):
-    decoder = FakeDecoder(lambda prompt: [], slots=2, chunk=16, on_call=(gate := Gate()))
-    asked = [Ask(LETTERS[:length]) for length in (3, 9, 1, 7)]
-    start(decoder).submit(*(one.job for one in asked))
-    gate.open.set()
-    for one in asked:
-        one.result()
-    assert [len(ids) for name, _, ids in decoder.calls if name == "prefill"] == [9, 7, 3, 1]
 
 
 def test_a_long_prompt_does_not_stop_the_others(start):
@@ -433,7 +425,7 @@ def test_a_job_ends_within_one_step_in_every_phase(start, phase, reason, change)
     decoder, asked = stops_in(phase, change)
     scheduler = start(decoder)
     asked.append(one := Ask(LETTERS[:12], 20))
-    scheduler.submit(one.job)
+    submit(scheduler, one)
     text, why, sampled = one.result()
     assert why == reason
     assert decoder.count("prefill") == {"rewind": 0, "prefill": 1, "decode": 3}[phase]
@@ -462,7 +454,7 @@ def test_a_deadline_that_is_not_reached_changes_nothing(start):
     scheduler = start(FakeDecoder())
     one = Ask(LETTERS)
     one.job.deadline = float("inf")
-    scheduler.submit(one.job)
+    submit(scheduler, one)
     assert one.result() == alone(LETTERS)
 
 
@@ -496,21 +488,50 @@ def test_a_decoder_that_fails_ends_the_running_answers_and_the_next_ones_are_rig
     assert "the decoder failed" in caplog.text
 
 
-def test_a_decoder_that_fails_with_several_slots_ends_them_all_and_the_waiting_job_runs(start):
-    failing = [True]
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_step_of_several_slots_that_fails_is_tried_again_slot_by_slot(start, mixed):
+    poisoned = LETTERS[3]
 
     def on_call(name, slot, ids):
         gate(name, slot, ids)
-        if name == "decode" and len(ids) == 2 and failing:
+        if name == "decode" and (len(ids) > 1 or poisoned in ids) and failing:
+            failing.pop()
+            raise Failure
+
+    # Where they decode together first, and then the one that decodes the poisoned token alone.
+    gate, failing = Gate(), [1, 2]
+    scheduler = start(FakeDecoder(lambda prompt: [poisoned if prompt[0] == LETTERS[0] else LETTERS[9]] * 5, slots=3,
+                                  mixed=mixed, chunk=99, on_call=on_call))  # fmt: skip
+    bad, good, other = (ask(scheduler, LETTERS[at : at + 3], 5) for at in (0, 4, 7))
+    gate.open.set()
+    assert isinstance(bad.result(), Failure)
+    assert good.result() == other.result() == ("jjjjj", "max_tokens", 5)
+    assert ask(scheduler, LETTERS[:3], 5).result() == ("ddddd", "max_tokens", 5)
+    assert scheduler.statistics().failed == 1
+
+
+@pytest.mark.parametrize("phase", ["rewind", "prefill", "copy"])
+def test_a_call_that_concerns_one_slot_fails_that_slots_answer_alone(start, phase):
+    def on_call(name, slot, ids):
+        if name == "decode" and len(ids) == 2 and not bad:
+            running.set()
+            assert go_on.wait(PATIENCE)
+        if name == phase and go_on.is_set() and failing:
             failing.clear()
             raise Failure
 
-    gate = Gate()
-    scheduler = start(FakeDecoder(slots=2, on_call=on_call))
-    asked = [ask(scheduler, LETTERS[at : at + 3], 9) for at in (0, 3, 6)]
-    gate.open.set()
-    assert [type(asked[0].result()), type(asked[1].result())] == [Failure, Failure]
-    assert asked[2].result() == alone(LETTERS[6:9], 9)
+    bad, failing, running, go_on = [], [True], threading.Event(), threading.Event()
+    scheduler = start(FakeDecoder(slots=3, context_length=99, on_call=on_call))
+    good = [ask(scheduler, LETTERS[:9], 60), ask(scheduler, LETTERS[9:18], 60)]
+    assert running.wait(PATIENCE)
+    bad.append(ask(scheduler, LETTERS[:11]))
+    go_on.set()
+    assert isinstance(bad[0].result(), Failure)
+    assert [one.result() for one in good] == [
+        alone(LETTERS[:9], 60, context_length=99),
+        alone(LETTERS[9:18], 60, context_length=99),
+    ]
+    assert ask(scheduler, LETTERS[:11]).result() == alone(LETTERS[:11])
 
 
 class Broken(Generation):
@@ -529,7 +550,7 @@ def test_an_answer_that_fails_ends_alone(start):
     assert [good.result(), other.result()] == [alone(LETTERS[:5]), alone(LETTERS[5:9])]
     bad = Ask([5], kind=Broken)
     bad.job.cancel()
-    scheduler.submit(bad.job)
+    submit(scheduler, bad)
     assert isinstance(bad.result(), Failure)
     assert ask(scheduler, [5]).result() == alone([5])
 
@@ -545,13 +566,13 @@ def test_close_ends_running_and_waiting_jobs_the_thread_and_the_decoder():
     closer.join(PATIENCE)
     results = [one.result() for one in asked]
     # The gate may let the first one's few steps through before the close is seen.
-    assert all(isinstance(result, RuntimeError) for result in results[1:])
-    assert isinstance(results[0], RuntimeError) or results[0] == alone(LETTERS, 30)
+    assert all(isinstance(result, Unavailable) for result in results[1:])
+    assert isinstance(results[0], Unavailable) or results[0] == alone(LETTERS, 30)
     assert decoder.closed
     assert not scheduler._thread.is_alive()
     scheduler.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        scheduler.submit(Ask([5]).job)
+    with pytest.raises(Unavailable, match="closed"):
+        submit(scheduler, Ask([5]))
 
 
 def test_close_may_be_called_in_the_schedulers_own_thread():
@@ -563,7 +584,7 @@ def test_close_may_be_called_in_the_schedulers_own_thread():
         scheduler.close()
         ended.set()
 
-    scheduler.submit(Job(generation([5]), deliver))
+    scheduler.submit([Job(generation([5]), deliver)], deliver)
     assert ended.wait(PATIENCE)
     scheduler._thread.join(PATIENCE)
     assert decoder.closed
@@ -589,7 +610,7 @@ def test_ten_thousand_cancelled_jobs_leak_no_slot(start, slots):
             one.job.cancel()
         if moment == "during":
             victims.append(one.job)
-        scheduler.submit(one.job)
+        submit(scheduler, one)
         if moment == "after":
             one.job.cancel()
         asked.append(one)
@@ -699,13 +720,12 @@ def test_a_request_that_waits_too_long_to_be_begun_is_told_to_come_back(start):
     scheduler = start(decoder, queue_timeout=0.1)
     running = ask(scheduler, [5], 900)
     waiting = [Ask([6]), Ask([7])]
-    scheduler.submit(*(one.job for one in waiting))
+    submit(scheduler, *waiting)
     errors = [one.result() for one in waiting]
     for refused in errors:
         assert isinstance(refused, Busy)
         assert refused.seconds >= 1
         assert re.fullmatch(r"the request waited for its turn for 0.1 seconds; try again in \d+ seconds?", str(refused))
-    assert len({id(error) for error in errors}) == 2  # a caller's traceback is not another one's
     running.job.cancel()
     hold.set()
     assert running.result()[1] == "cancelled"
@@ -716,7 +736,7 @@ def test_a_table_that_is_being_answered_does_not_count_as_waiting(start):
     decoder = FakeDecoder(lambda prompt: [], on_call=(gate := Gate()))
     scheduler = start(decoder, queue_limit=1)
     table = [Ask([token, token]) for token in LETTERS[:5]]
-    scheduler.submit(*(one.job for one in table))
+    submit(scheduler, *table)
     assert gate.reached.wait(PATIENCE)
     single = ask(scheduler, [5])
     with pytest.raises(Busy, match="1 request is waiting"):
@@ -737,7 +757,7 @@ def test_a_request_that_was_begun_may_wait_for_the_rest_of_it(start):
     decoder = FakeDecoder(lambda prompt: LETTERS[:9], on_call=lambda name, slot, ids: hold.wait(0.02))
     scheduler = start(decoder, queue_timeout=0.1)
     table = [Ask([token]) for token in LETTERS[:4]]  # each takes 0.2 seconds
-    scheduler.submit(*(one.job for one in table))
+    submit(scheduler, *table)
     assert [one.result()[:2] for one in table] == [("abcdef", "max_tokens")] * 4
 
 
@@ -747,14 +767,14 @@ def test_the_queue_takes_as_many_requests_as_it_may(start):
         first = ask(scheduler, [5])
         assert gate.reached.wait(PATIENCE)
         several = [Ask([6]), Ask([7]), Ask([8])]
-        scheduler.submit(*(one.job for one in several))
+        submit(scheduler, *several)
         last = ask(scheduler, [9])
         refused = Ask([10])
         with pytest.raises(Busy, match=r"2 requests are waiting; try again in \d+ second"):
-            scheduler.submit(refused.job)
+            submit(scheduler, refused)
         gate.open.set()
         assert [one.result() for one in (first, *several, last)] == [alone([token]) for token in (5, 6, 7, 8, 9)]
-        scheduler.submit(refused.job)
+        submit(scheduler, refused)
         assert refused.result() == alone([10])
     finally:
         gate.open.set()

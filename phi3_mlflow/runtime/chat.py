@@ -2,14 +2,12 @@
 
 import json
 import re
-import time
-import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
+from .answers import Answer, Piece, TokenLogprob, finish_reason
 from .errors import InvalidRequest, shorten
-from .generation import StopReason, finish_reason
 from .options import NAMES, RANGES, Options
 from .tokens import ROLES
 
@@ -23,53 +21,39 @@ _UNSUPPORTED_MESSAGE_FIELDS = ("name", "refusal", "tool_calls", "tool_call_id")
 
 @dataclass(frozen=True)
 class Request:
-    """One checked request: chat messages, or a prompt that is taken as it is. `field` is the caller's name for it."""
+    """One checked request.
 
-    prompt: tuple[Message, ...] | str
+    Attributes:
+        prompt: chat messages; or text, or token ids, that are taken as they are.
+        options: how it is to be answered.
+        field: the caller's name for the prompt.
+        echo: whether the answer begins with the prompt.
+    """
+
+    prompt: tuple[Message, ...] | str | list[int]
     options: Options
     field: str = "messages"
+    echo: bool = False
 
 
-@dataclass(frozen=True)
-class TokenLogprob:
-    """How likely a token of an answer was, and the likeliest tokens for its place."""
+def parse(body: Mapping[str, Any], task: Task, defaults: Options, *, template: bool, stream: bool) -> Request:
+    """Checks a request for a task.
 
-    start: int  # character of the answer at which its text begins
-    token: bytes  # UTF-8, part of a character maybe
-    logprob: float  # natural logarithm
-    top: tuple[tuple[bytes, float], ...]
+    Args:
+        body: the request's fields; None means not given.
+        task: what it is.
+        defaults: the model's own options.
+        template: for the tasks other than chat, whether a prompt is put into the chat template.
+        stream: whether the caller can be sent a stream.
 
-
-@dataclass(frozen=True)
-class Piece:
-    """What a request under way brings: some text of one of its choices, its end, or both."""
-
-    choice: int
-    text: str
-    reason: StopReason | None
-    logprobs: Sequence[TokenLogprob] | None  # None where they were not asked for
-
-
-@dataclass
-class Choice:
-    """One answer, as far as it has come."""
-
-    text: str = ""
-    reason: StopReason = "max_tokens"  # once it has ended
-    tokens: int = 0  # sampled, the end token and trimmed stop tokens included
-    logprobs: list[TokenLogprob] | None = None
-
-
-@dataclass
-class Answer:
-    """All that one request got."""
-
-    prompt_tokens: int
-    choices: list[Choice]
-    dropped: int = 0  # messages that context_overflow "drop_oldest" left out
-    cached_tokens: int = 0  # of the prompt, that were in the KV cache already
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    created: int = field(default_factory=lambda: int(time.time()))  # Unix time in seconds
+    Raises:
+        InvalidRequest: names the field, the value and what is allowed.
+    """
+    if task == "llm/v1/chat":
+        return parse_chat(body, defaults, stream=stream)
+    if task == "llm/v1/completions":
+        return parse_completion(body, defaults, template=template, stream=stream)
+    return parse_flat(body, defaults, template=template)
 
 
 def parse_chat(body: Mapping[str, Any], defaults: Options, *, stream: bool = False) -> Request:
@@ -83,7 +67,7 @@ def parse_chat(body: Mapping[str, Any], defaults: Options, *, stream: bool = Fal
     Raises:
         InvalidRequest: names the field, the value and what is allowed.
     """
-    values = _refuse_unsupported(body, stream=stream)
+    values = _given(body, stream=stream)
     return Request(_check_messages(values.pop("messages", None)), _parse_options(values, defaults))
 
 
@@ -93,7 +77,7 @@ def parse_completion(body: Mapping[str, Any], defaults: Options, *, template: bo
     Raises:
         InvalidRequest: names the field, the value and what is allowed.
     """
-    values = _refuse_unsupported(body, stream=stream)
+    values = _given(body, stream=stream)
     prompt = _check_text("prompt", values.pop("prompt", None))
     if values.get("context_overflow") == "drop_oldest":
         raise InvalidRequest("context_overflow", "is 'drop_oldest', and a prompt has no turns to drop; use 'error'")
@@ -163,18 +147,18 @@ def chunk(answer: Answer, task: Task, model: str, piece: Piece, *, first: bool) 
     return {**_head(answer, "chat.completion.chunk" if chat else "text_completion", model), "choices": [choice]}
 
 
-def last_chunk(answer: Answer, task: Task, model: str, piece: Piece, *, whole: bool) -> dict[str, Any]:
-    """The chunk that ends the piece's choice; `whole` says that it ends the answer too and carries the usage."""
+def last_chunk(answer: Answer, task: Task, model: str, piece: Piece) -> dict[str, Any]:
+    """The chunk that ends the piece's choice; the one that ends the whole answer carries the usage."""
     assert piece.reason is not None
     body: dict[str, Any] = {"delta": {}} if task == "llm/v1/chat" else {"text": ""}
     choice = {"index": piece.choice, **body, "finish_reason": finish_reason(piece.reason)}
     kind = "chat.completion.chunk" if task == "llm/v1/chat" else "text_completion"
-    return {**_head(answer, kind, model), "choices": [choice], **(_tail(answer) if whole else {})}
+    return {**_head(answer, kind, model), "choices": [choice], **(_tail(answer) if piece.last else {})}
 
 
-def _logprobs(told: Sequence[TokenLogprob] | None, *, chat: bool) -> dict[str, Any]:
+def _logprobs(likely: Sequence[TokenLogprob] | None, *, chat: bool) -> dict[str, Any]:
     """OpenAI's shape, of chat completions or of the older completions; nothing where they were not asked for."""
-    if told is None:
+    if likely is None:
         return {}
     if chat:
         content = [
@@ -182,21 +166,21 @@ def _logprobs(told: Sequence[TokenLogprob] | None, *, chat: bool) -> dict[str, A
                 **_chat_logprob(each.token, each.logprob),
                 "top_logprobs": [_chat_logprob(token, logprob) for token, logprob in each.top],
             }
-            for each in told
+            for each in likely
         ]
         return {"logprobs": {"content": content}}
     return {
         "logprobs": {
-            "tokens": [_token_text(each.token) for each in told],
-            "token_logprobs": [each.logprob for each in told],
+            "tokens": [_token_text(each.token) for each in likely],
+            "token_logprobs": [each.logprob for each in likely],
             # Two tokens may have one text, such as a letter and its byte: the likelier one counts, and comes last here.
-            "top_logprobs": [{_token_text(token): value for token, value in reversed(each.top)} for each in told],
-            "text_offset": [each.start for each in told],
+            "top_logprobs": [{_token_text(token): value for token, value in reversed(each.top)} for each in likely],
+            "text_offset": [each.start for each in likely],
         }
     }
 
 
-def _chat_logprob(token: bytes, logprob: float) -> dict[str, Any]:
+def _chat_logprob(token: bytes, logprob: float | None) -> dict[str, Any]:
     return {"token": _token_text(token), "logprob": logprob, "bytes": list(token)}
 
 
@@ -230,8 +214,12 @@ def _tail(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _refuse_unsupported(body: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:
-    """The fields that were given, without those that mean nothing here; refuses those that cannot be honoured."""
+def _given(body: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:
+    """The fields that were given, those of custom_inputs among them.
+
+    Raises:
+        InvalidRequest: one of them cannot be honoured.
+    """
     values = {name: value for name, value in body.items() if value is not None}
     wanted = values.pop("stream", False)
     if not isinstance(wanted, bool):

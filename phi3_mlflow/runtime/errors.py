@@ -48,6 +48,10 @@ class Busy(Phi3Error):
         super().__init__(f"{problem}; try again in {seconds} second{'' if seconds == 1 else 's'}")
 
 
+class Unavailable(Phi3Error):
+    """A model that takes no requests: it was closed, its thread ended, or it stayed behind in another process."""
+
+
 class FormatError(Phi3Error):
     """A logged model whose format this runtime cannot read."""
 

@@ -1,56 +1,16 @@
 """One answer in the making: logits in, a token or the end out. Pure: no model, no thread, no clock."""
 
 from collections import deque
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Collection
 
 import numpy as np
 
+from .answers import Piece, StopReason, TokenLogprob
 from .grammar import Grammar
 from .options import Options
-from .sampling import Logprob, Sampler, logprob
+from .sampling import Sampler, logprob
 from .stops import Stops
 from .tokens import TextDecoder
-
-StopReason = Literal[
-    "eos", "stop_sequence", "repetition", "self_talk", "max_tokens", "context", "max_time", "cancelled"
-]
-FinishReason = Literal["stop", "length"]
-
-_FINISH: dict[StopReason, FinishReason] = {
-    "eos": "stop",
-    "stop_sequence": "stop",
-    "repetition": "stop",
-    "self_talk": "stop",
-    "max_tokens": "length",
-    "context": "length",
-    "max_time": "length",
-    "cancelled": "length",
-}
-
-
-def finish_reason(reason: StopReason) -> FinishReason:
-    """OpenAI's word for why an answer ended."""
-    return _FINISH[reason]
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one sampled token brought.
-
-    Attributes:
-        token: the id to be decoded next; None once the answer has ended.
-        text: text that is final and may be shown.
-        reason: why the answer ended; None while it goes on.
-        logprobs: where they are asked for, of each token whose text begins in `text`, with the character of the
-            whole answer at which it begins.
-    """
-
-    token: int | None
-    text: str
-    reason: StopReason | None = None
-    logprobs: Sequence[tuple[int, Logprob]] = ()
 
 
 class Generation:
@@ -67,6 +27,13 @@ class Generation:
         stops: the answer's stop sequences and guards.
         grammar: what the answer must conform to.
         choice: which of the request's n choices this is.
+        echo: the prompt's own incremental decoder, where the log probabilities of its tokens are wanted.
+
+    Attributes:
+        next: the token to be decoded next; None before the first one was sampled, and once the answer has ended.
+        sampled: how many tokens were sampled, the end token and trimmed stop tokens included.
+        most_tokens: how many tokens the model has to read at most: the last one is only sampled.
+        prompt_logprobs: where they are wanted, of the prompt's tokens that were read.
     """
 
     def __init__(
@@ -82,11 +49,14 @@ class Generation:
         stops: Stops,
         grammar: Grammar | None = None,
         choice: int = 0,
+        echo: TextDecoder | None = None,
     ):
         self.prompt = prompt
         self.choice = choice
-        self.sampled = 0  # tokens, the end token and trimmed stop tokens included
-        self.most_tokens = len(prompt) + max_tokens - 1  # that the model has to read: the last one is only sampled
+        self.next: int | None = None
+        self.sampled = 0
+        self.most_tokens = len(prompt) + max_tokens - 1
+        self.prompt_logprobs: list[TokenLogprob] | None = None
         self._max_tokens = max_tokens
         self._limit = limit
         self._vocab_size = vocab_size
@@ -97,13 +67,51 @@ class Generation:
         self._sampler = Sampler(options, prompt, choice)
         self._top = options.top_logprobs if options.logprobs else None
         self._written = self._shown = 0  # characters
-        self._told: deque[tuple[int, Logprob]] = deque()  # of tokens whose text is not shown yet
+        self._likely: deque[TokenLogprob] = deque()  # of tokens whose text is not shown yet
+        self._echo = echo
+        self._echoed = 0  # characters
+        if echo is not None:
+            self.prompt_logprobs = []
+            self._read(None)
 
-    def accept(self, logits: np.ndarray) -> Step:
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether the logits of all the prompt's positions are wanted, and not of the last one alone."""
+        return self._echo is not None
+
+    def read(self, logits: np.ndarray) -> None:
+        """Takes the logits of a part of the prompt, of which `reads_prompt` says that they are wanted.
+
+        Args:
+            logits: (positions, vocabulary) float32, from the position behind the last part on.
+        """
+        for row in logits:
+            self._read(row[: self._vocab_size])
+
+    def _read(self, logits: np.ndarray | None) -> None:
+        """The logits for the place of the prompt's next token; None before the first."""
+        assert self._echo is not None
+        assert self.prompt_logprobs is not None
+        place = len(self.prompt_logprobs)
+        if place == len(self.prompt):
+            return  # the place of the answer's first token
+        token = self.prompt[place]
+        start, written = self._echoed, self._echo.step(token)
+        if logits is None:
+            self.prompt_logprobs.append(TokenLogprob(start + self._echo.carried, self._echo.piece(token), None))
+        else:
+            self.prompt_logprobs.append(self._likelihood(start, logits, token, self._echo))
+        self._echoed += len(written)
+
+    def accept(self, logits: np.ndarray) -> Piece:
         """Samples the next token.
 
         Args:
             logits: (vocabulary,) float32, for the position after the last token.
+
+        Raises:
+            ArithmeticError: the model gave a logit that is not a number.
+            InvalidRequest: the grammar cannot be followed any further.
         """
         raw = logits = logits[: self._vocab_size]
         if self._grammar is not None:
@@ -116,32 +124,40 @@ class Generation:
             self._grammar.accept(token)
         written = self._text.step(token)
         if self._top is not None:
-            self._told.append((self._written, logprob(raw, token, self._top)))
+            self._likely.append(self._likelihood(self._written, raw, token, self._text))
             self._written += len(written)
         text, stopped = self._stops.step(written)
         if stopped is not None:
-            return self._step(None, text, stopped)
+            return self._piece(None, text, stopped)
         if self._grammar is not None and self._grammar.finished:
             return self._after(text, "eos")
         if self.sampled >= self._max_tokens:
             return self._after(text, self._limit)
-        return self._step(token, text)
+        return self._piece(token, text)
 
-    def end(self, reason: StopReason) -> Step:
+    def end(self, reason: StopReason) -> Piece:
         """Ends the answer here and releases what was held back."""
         return self._after("", reason)
 
-    def _after(self, text: str, reason: StopReason) -> Step:
+    def _after(self, text: str, reason: StopReason) -> Piece:
         rest, stopped = self._stops.step(self._text.flush())
         text += rest
         if stopped is None:
             text += self._stops.flush()
             _, stopped = self._stops.step("")  # a guard may have found a stop in what was held back
-        return self._step(None, text, stopped or reason)
+        return self._piece(None, text, stopped or reason)
 
-    def _step(self, token: int | None, text: str, reason: StopReason | None = None) -> Step:
+    def _piece(self, token: int | None, text: str, reason: StopReason | None = None) -> Piece:
+        self.next = token
+        if self._top is None:
+            return Piece(self.choice, text, reason)
         self._shown += len(text)
-        told = []
-        while self._told and self._told[0][0] < self._shown:
-            told.append(self._told.popleft())
-        return Step(token, text, reason, told)
+        shown = []
+        while self._likely and self._likely[0].start < self._shown:
+            shown.append(self._likely.popleft())
+        return Piece(self.choice, text, reason, shown)
+
+    def _likelihood(self, start: int, logits: np.ndarray, token: int, text: TextDecoder) -> TokenLogprob:
+        found = logprob(logits, token, self._top or 0)
+        top = tuple((text.piece(each), value) for each, value in found.top)
+        return TokenLogprob(start + text.carried, text.piece(token), found.logprob, top)

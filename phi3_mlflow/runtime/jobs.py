@@ -3,29 +3,40 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
-from .generation import Generation, Step, StopReason
+from .answers import Piece, StopReason
+from .generation import Generation
 
 
 class Job:
-    """One answer that the scheduler is asked for.
+    """One choice of an answer that the scheduler is asked for.
 
     Args:
-        generation: the answer in the making; the scheduler's thread alone touches it from now on.
-        deliver: called in the scheduler's thread with every Step, the last of which has a reason, or with the
+        generation: the choice in the making; the scheduler's thread alone touches it from now on.
+        deliver: called in the scheduler's thread with every Piece, the last of which has a reason, or with the
             exception that ended the job. It must return at once.
-        deadline: on time.monotonic()'s clock; the answer ends there with what it has. None for no limit.
+        deadline: on time.monotonic()'s clock; the choice ends there with what it has. None for no limit.
+        renew: whether a next turn may begin with this answer, so that idle time is well spent on it.
+
+    Attributes:
+        reused: how many of the prompt's tokens did not have to be computed.
+        admitted: when it got a slot, on time.monotonic()'s clock; 0 before.
     """
 
     def __init__(
-        self, generation: Generation, deliver: Callable[[Step | Exception], None], deadline: float | None = None
+        self,
+        generation: Generation,
+        deliver: Callable[[Piece | Exception], None],
+        deadline: float | None = None,
+        *,
+        renew: bool = False,
     ):
         self.generation = generation
-        self.reused = 0  # how many of the prompt's tokens did not have to be computed
-        self.admitted = 0.0  # on time.monotonic()'s clock
+        self.reused = 0
+        self.admitted = 0.0
         self.deliver = deliver
         self.deadline = deadline
+        self.renew = renew
         self._cancelled = False
 
     def cancel(self) -> None:
@@ -41,70 +52,91 @@ class Job:
         return None
 
 
-@dataclass
-class _Request:
-    """Jobs that came together, those that still wait."""
+class Batch:
+    """Jobs that came together and wait, made one at a time: a table may have a million.
 
-    jobs: deque[Job]
-    came: float  # on time.monotonic()'s clock
-    begun: bool = False
+    Args:
+        jobs: gives them in the order in which they are to be served; is asked for the next one when the one before has
+            got its slot. It must not raise.
+        fail: called with the exception that ends all jobs which were not given a slot.
+
+    Attributes:
+        first: the job whose turn it is; None when none is left.
+        came: when, on time.monotonic()'s clock.
+        begun: whether one of the jobs got a slot.
+    """
+
+    def __init__(self, jobs: Iterable[Job], fail: Callable[[Exception], None]):
+        self._jobs: Iterator[Job] = iter(jobs)
+        self.fail = fail
+        self.first = next(self._jobs, None)
+        self.came = time.monotonic()
+        self.begun = False
+
+    def pop(self) -> Job:
+        """Takes the first job out."""
+        job = self.first
+        assert job is not None
+        self.first = next(self._jobs, None)
+        return job
 
 
 class Queue:
-    """Jobs that wait, first come, first served; of requests with several jobs one of each in turn.
+    """Batches that wait, first come, first served; of batches with several jobs one of each in turn.
 
     So a table of a thousand rows does not keep a single question waiting until its end. Not safe for threads.
     """
 
     def __init__(self) -> None:
-        self._requests: deque[_Request] = deque()
+        self._batches: deque[Batch] = deque()
 
     def __bool__(self) -> bool:
         """Whether a job waits."""
-        return bool(self._requests)
-
-    def __iter__(self) -> Iterator[Job]:
-        """All jobs that wait."""
-        return (job for request in self._requests for job in request.jobs)
+        return bool(self._batches)
 
     @property
-    def requests(self) -> int:
-        """How many requests wait to be begun."""
-        return sum(not request.begun for request in self._requests)
-
-    def add(self, jobs: Iterable[Job]) -> None:
-        """Puts one request's jobs at the end, to be served in this order."""
-        self._requests.append(_Request(deque(jobs), time.monotonic()))
+    def unbegun(self) -> int:
+        """How many batches wait to be begun."""
+        return sum(not batch.begun for batch in self._batches)
 
     @property
     def first(self) -> Job:
         """The job whose turn it is."""
-        return self._requests[0].jobs[0]
+        job = self._batches[0].first
+        assert job is not None
+        return job
+
+    def add(self, batch: Batch) -> None:
+        """Puts a batch of at least one job at the end."""
+        self._batches.append(batch)
 
     def pop(self) -> Job:
-        """Takes the first job out; its request goes behind the others."""
-        request = self._requests.popleft()
-        job = request.jobs.popleft()
-        request.begun = request.begun or not job.ending()
-        if request.jobs:
-            self._requests.append(request)
+        """Takes the first job out; its batch goes behind the others."""
+        batch = self._batches[0]
+        job = batch.pop()
+        batch.begun = True
+        self._batches.popleft()
+        if batch.first is not None:
+            self._batches.append(batch)
         return job
 
     def take_ending(self) -> list[Job]:
-        """Takes out the jobs that must end."""
-        return self._take(lambda request, job: job.ending() is not None)
-
-    def take_unbegun(self, seconds: float) -> list[Job]:
-        """Takes out the jobs of requests that have waited so long, and none of whose jobs was ever begun."""
-        limit = time.monotonic() - seconds
-        return self._take(lambda request, job: not request.begun and request.came <= limit)
-
-    def _take(self, wanted: Callable[[_Request, Job], bool]) -> list[Job]:
+        """Takes out the jobs that must end. Those of one batch end together, so one look at each batch is enough."""
         taken: list[Job] = []
-        for request in self._requests:
-            kept: deque[Job] = deque()
-            for job in request.jobs:
-                (taken if wanted(request, job) else kept).append(job)
-            request.jobs = kept
-        self._requests = deque(request for request in self._requests if request.jobs)
+        for batch in self._batches:
+            while batch.first is not None and batch.first.ending():
+                taken.append(batch.pop())
+        self._batches = deque(batch for batch in self._batches if batch.first is not None)
+        return taken
+
+    def take_late(self, seconds: float) -> list[Batch]:
+        """Takes out the batches that have waited so long without being begun."""
+        limit = time.monotonic() - seconds
+        late = [batch for batch in self._batches if not batch.begun and batch.came <= limit]
+        self._batches = deque(batch for batch in self._batches if batch.begun or batch.came > limit)
+        return late
+
+    def take_all(self) -> list[Batch]:
+        """Takes out everything."""
+        taken, self._batches = list(self._batches), deque()
         return taken

@@ -5,11 +5,10 @@ DataFrames and params in, what the task's output schema says out. Errors become 
 
 import json
 import logging
-import os
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 import pandas as pd
 from mlflow.environment_variables import MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model
 from mlflow.protos.databricks_pb2 import (
     INTERNAL_ERROR,
     INVALID_PARAMETER_VALUE,
@@ -25,96 +25,105 @@ from mlflow.protos.databricks_pb2 import (
 )
 from tqdm.auto import tqdm
 
-from . import manifest
-from .chat import Request, Task, chunk, completion, last_chunk, parse_chat, parse_completion, parse_flat
-from .decoders.base import Decoder
-from .engine import Engine, Run
-from .errors import Busy, InvalidRequest, Picklable
-from .settings import check_batching, default_options, refuse_batching, settings_of
+from . import hosting, loading, manifest
+from .answers import Answer
+from .chat import chunk, completion, last_chunk
+from .errors import Busy, InvalidRequest, Picklable, Unavailable, shorten
+from .runs import Run
+from .service import Prepared, Service
 from .signatures import RESPONSE_FORMAT_OMITTED
-from .tokens import Tokens
 
 _logger = logging.getLogger(__name__)
 
-# How many requests may wait where the model_config does not say.
-DEFAULT_QUEUE_LIMIT = 64
 # Seconds after which `predict` shows how many rows it has answered.
 PROGRESS_AFTER = 2.0
 
-# Set by mlflow.pyfunc.scoring_server when it serves a model.
-_SERVING_FLAG = "_MLFLOW_IS_IN_SERVING_ENVIRONMENT"
 
+class CleanError(Picklable, MlflowException):
+    """An error as the scoring server sends it: the server puts the request's body before `message`, but not here."""
 
-class RequestRefused(Picklable, MlflowException):
-    """A request that cannot be answered, as a 400 without the request's body and without a traceback in it."""
+    code: int
+    text: str
 
-    def __init__(self, error: InvalidRequest, where: str = ""):
-        self._text = f"{where}{error}"
-        self._field = error.field
-        super().__init__(self._text, error_code=INVALID_PARAMETER_VALUE)
-
-    def serialize_as_json(self) -> str:
-        """What the scoring server sends; it puts the body before `message`, so that is not used here."""
-        return json.dumps({"error_code": self.error_code, "message": self._text, "field": self._field})
-
-
-class TryLater(Picklable, MlflowException):
-    """A good request that came while too many others were waiting: a 429 that says how long to wait."""
-
-    def __init__(self, error: Busy):
-        self._text = str(error)
-        self.retry_after = error.seconds
-        super().__init__(self._text, error_code=RESOURCE_EXHAUSTED)
+    def __init__(self, text: str, **more: Any):
+        self.text = text
+        self._more = more
+        super().__init__(text, error_code=self.code)
 
     def serialize_as_json(self) -> str:
         """What the scoring server sends."""
-        return json.dumps(
-            {"error_code": self.error_code, "message": self._text, "retry_after_seconds": self.retry_after}
-        )
+        return json.dumps({"error_code": self.error_code, "message": self.text, **self._more})
 
 
-class OutOfTime(Picklable, MlflowException):
+class RequestRefused(CleanError):
+    """A request that cannot be answered, as a 400."""
+
+    code = INVALID_PARAMETER_VALUE
+
+    def __init__(self, error: InvalidRequest, place: str = ""):
+        super().__init__(f"{place}{error}", field=error.field)
+
+
+class TryLater(CleanError):
+    """A good request that came while too many others were waiting: a 429 that says how long to wait."""
+
+    code = RESOURCE_EXHAUSTED
+
+    def __init__(self, error: Busy):
+        self.retry_after = error.seconds
+        super().__init__(str(error), retry_after_seconds=error.seconds)
+
+
+class OutOfTime(CleanError):
     """Time was over before an answer was begun: a 503, since an empty answer would pass for one."""
 
+    code = TEMPORARILY_UNAVAILABLE
+
     def __init__(self, place: str):
-        self._text = (
+        super().__init__(
             f"{place}the time was over before the answer was begun; send fewer rows at once, or raise `max_time` or "
             f"the server's {MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.name}"
         )
-        super().__init__(self._text, error_code=TEMPORARILY_UNAVAILABLE)
-
-    def serialize_as_json(self) -> str:
-        """What the scoring server sends."""
-        return json.dumps({"error_code": self.error_code, "message": self._text})
 
 
-class AnswerFailed(Picklable, MlflowException):
+class ModelUnavailable(CleanError):
+    """A model that takes no requests any more, as a 503."""
+
+    code = TEMPORARILY_UNAVAILABLE
+
+    def __init__(self, error: Unavailable):
+        super().__init__(str(error))
+
+
+class AnswerFailed(CleanError):
     """The model failed on a good request: a 500 that says so; the cause is in the server's log alone."""
 
-    def __init__(self) -> None:
-        self._text = "the model failed while it answered; the server's log says why"
-        super().__init__(self._text, error_code=INTERNAL_ERROR)
+    code = INTERNAL_ERROR
 
-    def serialize_as_json(self) -> str:
-        """What the scoring server sends."""
-        return json.dumps({"error_code": self.error_code, "message": self._text})
+    def __init__(self, place: str = ""):
+        super().__init__(f"{place}the model failed while it answered; the server's log says why")
 
 
 class Predictor:
     """`predict` and `predict_stream` of a loaded model, safe to call from several threads.
 
     Args:
-        engine: the loaded model; closed when the predictor is no longer used.
-        config: the model_config: defaults of options, and what `settings` lists.
+        service: the loaded model; closed when the predictor is no longer used.
+        on_error: what becomes of a table in which a row cannot be answered: `raise` refuses the whole table before
+            anything is computed, `row` gives that row an error in its place.
+
+    Attributes:
+        service: the same, for those who want more of it than MLflow's two calls.
     """
 
-    def __init__(self, engine: Engine, config: Mapping[str, Any]):
-        self._engine = engine
-        self._task: Task = config.get("task", "llm/v1/chat")
-        self._name: str = config.get("name", "phi3")
-        self._template: bool = config.get("template", True)
-        self._defaults = default_options(config)
-        weakref.finalize(self, engine.close)
+    def __init__(self, service: Service, on_error: str = "raise"):
+        self.service = service
+        self._on_error = on_error
+        weakref.finalize(self, service.close)
+
+    def __reduce__(self) -> Any:
+        """Refuses copies and pickles, in words."""
+        raise TypeError("a loaded model holds memory and a thread, and cannot be copied or pickled: load it again")
 
     def predict(self, data: pd.DataFrame, params: Mapping[str, Any] | None = None) -> list[Any]:
         """One answer for each row.
@@ -124,32 +133,44 @@ class Predictor:
             params: options that hold for every row.
 
         Returns:
-            A list of completion objects, or of strings for the flat task, in the order of the rows.
+            A list of completion objects, or of strings for the flat task, in the order of the rows. With `on_error` at
+            `row`, a row that has no answer gets `{"error": {"field", "message"}}`, or None in the flat task.
 
         Raises:
             RequestRefused: a row is not a good request; nothing was started then.
             TryLater: too many requests are waiting.
             OutOfTime: the server's time was over before every row was begun.
+            ModelUnavailable: the model takes no requests any more.
             AnswerFailed: the model failed.
         """
-        deadline = _server_deadline()
+        deadline = hosting.deadline()
         rows = data.to_dict(orient="records")
         places = [f"row {index}: " if len(rows) > 1 else "" for index in range(len(rows))]
-        runs: list[Run] = []
-        for row, place in zip(rows, places, strict=True):
-            with _clean_errors(place):
-                runs.append(self._engine.prepare(self._parse(_clean_row(row), params), deadline))
+        answers: list[Any] = [None] * len(rows)
+        good: list[int] = []
+        prepared: list[Prepared] = []
+        for index, row in enumerate(rows):
+            try:
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise OutOfTime(places[index])
+                prepared.append(self._prepare(row, params))
+                good.append(index)
+            except Exception as error:
+                answers[index] = self._instead(error, places[index])
         try:
-            answers: list[Any] = [None] * len(runs)
-            with _clean_errors():
-                ended = self._engine.start_all(runs)
-            for index in _progress(ended, len(runs)):
-                with _clean_errors(places[index]):
-                    answers[index] = self._response(runs[index], deadline, places[index])
-            return answers
+            table = self.service.run_table(prepared, deadline=deadline)
+        except Exception as error:
+            raise clean(error) from None
+        try:
+            for index, answer in _progress(table, len(prepared)):
+                place = places[good[index]]
+                try:
+                    answers[good[index]] = self._response(answer, deadline, place)
+                except Exception as error:
+                    answers[good[index]] = self._instead(error, place)
         finally:
-            for run in runs:
-                run.cancel()
+            table.cancel()
+        return answers
 
     def predict_stream(self, data: Any, params: Mapping[str, Any] | None = None) -> Iterator[Any]:
         """One answer in pieces, as they come. Closing the iterator ends the work.
@@ -165,155 +186,128 @@ class Predictor:
         Raises:
             RequestRefused: the request is not a good one.
             TryLater: too many requests are waiting already.
-            AnswerFailed: the model failed.
+            ModelUnavailable: the model takes no requests any more.
+            AnswerFailed: the model failed; this one may come with any piece, the others come at the call.
         """
-        with _clean_errors():
-            run = self._engine.prepare(self._parse(_single_row(data), params, stream=True))
-        return self._stream(run)
+        try:
+            run = self.service.run(self._prepare(_single_row(data), params, stream=True))
+        except Exception as error:
+            raise clean(error) from None
+        pieces = self._stream(run)
+        # A generator that was never begun does not get to its `finally`.
+        weakref.finalize(pieces, run.cancel).atexit = False
+        return pieces
 
     def close(self) -> None:
-        """Frees the weights. No call follows."""
-        self._engine.close()
+        """Frees the weights. What is asked afterwards is refused."""
+        self.service.close()
 
-    def _parse(self, row: dict[str, Any], params: Mapping[str, Any] | None, *, stream: bool = False) -> Request:
-        body = {**row, **{name: _plain(value) for name, value in (params or {}).items() if value is not None}}
+    def _prepare(self, row: Mapping[Any, Any], params: Mapping[str, Any] | None, *, stream: bool = False) -> Prepared:
+        body = _clean_row(row) | {name: _plain(value) for name, value in (params or {}).items() if value is not None}
         if body.get("response_format") == RESPONSE_FORMAT_OMITTED:
             del body["response_format"]
-        if self._task == "llm/v1/chat":
-            return parse_chat(body, self._defaults, stream=stream)
-        if self._task == "llm/v1/completions":
-            return parse_completion(body, self._defaults, template=self._template, stream=stream)
-        return parse_flat(body, self._defaults, template=self._template)
+        return self.service.prepare(self.service.parse(body, stream=stream))
 
-    def _response(self, run: Run, deadline: float | None, place: str) -> Any:
-        answer = run.wait()
-        begun = any(choice.tokens or choice.reason != "max_time" for choice in answer.choices)
-        if not begun and (self._task == "flat" or (deadline is not None and time.monotonic() >= deadline)):
+    def _response(self, answer: Answer | Exception | None, deadline: float | None, place: str) -> Any:
+        if isinstance(answer, Exception):
+            raise answer
+        flat = self.service.task == "flat"
+        if answer is None or (
+            not any(choice.tokens or choice.reason != "max_time" for choice in answer.choices)
+            and (flat or (deadline is not None and time.monotonic() >= deadline))
+        ):
             raise OutOfTime(place)
-        return answer.choices[0].text if self._task == "flat" else completion(answer, self._task, self._name)
+        return answer.choices[0].text if flat else completion(answer, self.service.task, self.service.name)
+
+    def _instead(self, error: Exception, place: str) -> Any:
+        """What stands for a row that has no answer; or raises the error, where that is the setting."""
+        cleaned = clean(error, place)
+        if self._on_error == "raise":
+            raise cleaned from None
+        if self.service.task == "flat":
+            return None
+        return {"error": {"field": getattr(error, "field", None), "message": clean(error).text}}
 
     def _stream(self, run: Run) -> Iterator[Any]:
         opened: set[int] = set()
-        ended = 0
+        task, name = self.service.task, self.service.name
         try:
-            with _clean_errors():
-                for piece in self._engine.start(run):
-                    if self._task == "flat":
-                        if piece.text:
-                            yield piece.text
-                        continue
-                    first = piece.choice not in opened
-                    if piece.text or first:
-                        yield chunk(run.answer, self._task, self._name, piece, first=first)
-                        opened.add(piece.choice)
-                    if piece.reason is not None:
-                        ended += 1
-                        whole = ended == len(run.answer.choices)
-                        yield last_chunk(run.answer, self._task, self._name, piece, whole=whole)
+            for piece in run:
+                if task == "flat":
+                    if piece.text:
+                        yield piece.text
+                    continue
+                first = piece.choice not in opened
+                if piece.text or first:
+                    yield chunk(run.answer, task, name, piece, first=first)
+                    opened.add(piece.choice)
+                if piece.reason is not None:
+                    yield last_chunk(run.answer, task, name, piece)
+        except GeneratorExit:
+            raise
+        except Exception as error:
+            raise clean(error) from None
         finally:
             run.cancel()
 
 
-@contextmanager
-def _clean_errors(place: str = "") -> Iterator[None]:
-    """Turns what goes wrong inside into the errors of this module."""
-    try:
-        yield
-    except InvalidRequest as error:
-        raise RequestRefused(error, place) from None
-    except RecursionError:
-        raise RequestRefused(InvalidRequest("request", "is nested too deeply to be read"), place) from None
-    except Busy as error:
-        raise TryLater(error) from None
-    except MlflowException:
-        raise
-    except Exception as error:
-        _logger.exception("the model failed on a request")
-        raise AnswerFailed from error
+def clean(error: Exception, place: str = "") -> CleanError:
+    """What a client is told of an error: no traceback, no request's body; the cause of a failure is logged."""
+    if isinstance(error, CleanError):
+        return error
+    if isinstance(error, RecursionError):
+        error = InvalidRequest("request", "is nested too deeply to be read")
+    if isinstance(error, InvalidRequest):
+        return RequestRefused(error, place)
+    if isinstance(error, Busy):
+        return TryLater(error)
+    if isinstance(error, Unavailable):
+        return ModelUnavailable(error)
+    _logger.error("the model failed on a request", exc_info=error)
+    return AnswerFailed(place)
 
 
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Predictor:
-    """MLflow's hook for the transformers builder: the model's folder in, what answers `predict` out."""
-    return load_pipeline(Path(path), model_config or {})
-
-
-def load_onnx(folder: Path, config: Mapping[str, Any]) -> Predictor:
-    """Checks and loads an onnxruntime-genai folder.
+    """MLflow's hook for the transformers builder: the model's folder in, what answers `predict` out.
 
     Raises:
         FormatError, WeightsError: this runtime cannot read the model, or a file is missing or damaged.
         InvalidRequest: a setting is not allowed.
     """
-    settings = settings_of(config)
-    check_batching(config)
-    manifest.verify(folder)
-    return _predictor(Tokens.from_folder(folder), _onnx_decoder(folder, settings), settings, config)
-
-
-def _predictor(tokens: Tokens, decoder: Decoder, settings: Mapping[str, Any], config: Mapping[str, Any]) -> Predictor:
-    engine = Engine(
-        tokens,
-        decoder,
-        queue_limit=settings.get("queue_limit", DEFAULT_QUEUE_LIMIT),
-        queue_timeout=settings.get("queue_timeout"),
-        reuse=settings.get("prefix_reuse", "exact"),
-    )
-    try:
-        engine.check(default_options(config))
-    except InvalidRequest:
-        engine.close()
-        raise
-    return Predictor(engine, config)
-
-
-def _onnx_decoder(folder: Path, settings: Mapping[str, Any]) -> Decoder:
-    shared = {"context_length": settings.get("context_length"), "threads": settings.get("threads")}
-    if settings.get("parallel", 1) > 1:
-        from .decoders.batched import BatchedDecoder, CannotBatch
-
-        try:
-            return BatchedDecoder(folder, slots=settings["parallel"], kv_budget=settings.get("kv_budget"), **shared)
-        except CannotBatch as error:
-            _logger.warning("`parallel` has no effect, requests are answered one by one: %s", error)
-    from .decoders.genai import GenaiDecoder
-
-    return GenaiDecoder(folder, **shared)
-
-
-def load_pipeline(folder: Path, config: Mapping[str, Any]) -> Predictor:
-    """Checks and loads a model folder of MLflow's transformers flavor.
-
-    Raises:
-        FormatError, WeightsError: this runtime cannot read the model, or a file is missing or damaged.
-        InvalidRequest: a setting is not allowed.
-    """
-    settings = settings_of(config)
-    refuse_batching(config)
+    folder, config = Path(path), model_config or {}
+    _check_task(folder, config)
     manifest.verify(folder)
     import mlflow.transformers
-    import torch
 
-    from .decoders.pipeline import PipelineDecoder
-
-    if threads := settings.get("threads"):
-        torch.set_num_threads(threads)
     pipeline = mlflow.transformers.load_model(str(folder))
-    decoder = PipelineDecoder(pipeline, context_length=settings.get("context_length"))
-    return _predictor(Tokens.from_folder(folder / "components" / "tokenizer"), decoder, settings, config)
+    return predictor(loading.load_pipeline(folder / "components" / "tokenizer", pipeline, config), config)
 
 
-def _progress(ended: Iterator[int], total: int) -> Iterable[int]:
+def load_onnx(weights: Path, config: Mapping[str, Any]) -> Predictor:
+    """The same for the ONNX builder, whose weights lie in `artifacts/weights` of the model's folder."""
+    _check_task(weights.parent.parent, config)
+    return predictor(loading.load_onnx(weights, config), config)
+
+
+def predictor(service: Service, config: Mapping[str, Any]) -> Predictor:
+    """MLflow's two calls over a service."""
+    hosting.attend(partial(service.close, wait=False))
+    return Predictor(service, config.get("on_error") or "raise")
+
+
+def _check_task(folder: Path, config: Mapping[str, Any]) -> None:
+    """The signature was made for the task that was logged: refuses another one that was given at load."""
+    path = folder / "MLmodel"
+    logged = (Model.load(str(path)).metadata or {}).get("task") if path.is_file() else None
+    if logged is not None and config.get("task") != logged:
+        problem = f"is {shorten(config.get('task'))}, and the model was logged for {logged}; log it again for another"
+        raise InvalidRequest("task", problem)
+
+
+def _progress(ended: Iterable[tuple[int, Any]], total: int) -> Iterable[tuple[int, Any]]:
     """Shows how many rows have been answered where that takes long, and not in a server's log."""
-    quiet = total < 2 or os.environ.get(_SERVING_FLAG) == "true"
+    quiet = total < 2 or hosting.serving()
     return tqdm(ended, total=total, unit=" rows", delay=PROGRESS_AFTER, mininterval=1, leave=False, disable=quiet)
-
-
-def _server_deadline() -> float | None:
-    """When the scoring server would give up: a tenth of its timeout (at most 2 s) earlier the answer must end."""
-    if os.environ.get(_SERVING_FLAG) != "true":
-        return None
-    timeout = float(MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.get())
-    return time.monotonic() + timeout - min(2.0, timeout / 10)
 
 
 def _single_row(data: Any) -> dict[str, Any]:

@@ -102,6 +102,17 @@ class OneOf:
         return value
 
 
+@dataclass(frozen=True)
+class Flag:
+    """True or false."""
+
+    def check(self, name: str, value: Any) -> bool:
+        """The value; InvalidRequest where it is neither."""
+        if not isinstance(value, bool):
+            raise InvalidRequest(name, f"is {shorten(value)}; it must be true or false")
+        return value
+
+
 RANGES = {
     "temperature": Range("number", 0, 2),
     "top_p": Range("number", 0, 1, above=True),
@@ -114,9 +125,11 @@ RANGES = {
     "presence_penalty": Range("number", -2, 2),
     "repetition_penalty": Range("number", 0, 10, above=True),
     "repeat_last_n": Range("integer", -1),
-    "max_time": Range("number", 0, above=True),
+    "max_time": Range("number", 0),
     "top_logprobs": Range("integer", 0, 20),
 }
+# Values that stand for none, as in llama.cpp's server: so a request can take a model's own default back.
+NONE = {"seed": -1, "max_time": 0}
 NAMES = tuple(option.name for option in fields(Options))
 
 
@@ -125,13 +138,14 @@ def _is_real(value: Any) -> bool:
 
 
 def check(name: str, value: Any) -> Any:
-    """One option's value in the form that Options keeps.
+    """One option's value in the form that Options keeps; None where it stands for none.
 
     Raises:
         InvalidRequest: names the option, the value and what is allowed.
     """
     if name in RANGES:
-        return RANGES[name].check(name, value)
+        number = RANGES[name].check(name, value)
+        return None if number == NONE.get(name) else number
     match name:
         case "stop":
             return _check_stop(value)
@@ -147,9 +161,7 @@ def check(name: str, value: Any) -> Any:
         case "context_overflow":
             return OneOf(("error", "drop_oldest")).check(name, value)
         case "logprobs" | "repetition_guard" | "self_talk_guard":
-            if not isinstance(value, bool):
-                raise InvalidRequest(name, f"is {shorten(value)}; it must be true or false")
-            return value
+            return Flag().check(name, value)
     raise InvalidRequest(name, f"is not an option; the options are {', '.join(NAMES)}")
 
 

@@ -1,4 +1,4 @@
-"""One thread that drives generations over a decoder: admits, prefills in chunks, decodes, cancels, times out.
+"""One thread that drives generations over a decoder: admits, composes steps, cancels, times out, reuses prefixes.
 
 Knows token ids and slots, no text and no requests. Callers of any thread submit jobs and are called back.
 """
@@ -6,55 +6,43 @@ Knows token ids and slots, no text and no requests. Callers of any thread submit
 import itertools
 import logging
 import math
+import os
 import threading
 import time
-from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
-from .decoders.base import Decoder
-from .errors import Busy
-from .jobs import Job, Queue
+from .answers import Piece
+from .decoders.base import Decoder, Part
+from .errors import Busy, Unavailable
+from .jobs import Batch, Job, Queue
+from .prefixes import Prefixes, Reuse, Slot
+from .statistics import Counts, Statistics
 
 _logger = logging.getLogger(__name__)
 
-Reuse = Literal["exact", "all"]
 # Seconds between two looks at the jobs that wait: there may be thousands, and a step may take a millisecond.
 _SWEEP = 0.05
-# Tokens that are copied at least in the time in which one is computed: at full size 47 ms against 0.5 to 2.5 ms.
-_COPIES = 16
-
-
-@dataclass
-class _Slot:
-    index: int
-    tokens: list[int] = field(default_factory=list)  # what the decoder's sequence holds
-    usable: int = 0  # how many of them, from the first, another prompt may begin with
-    job: Job | None = None
-    pending: Sequence[int] = ()  # what is still to be prefilled: of the prompt, or without a job of the last answer
-    next: int | None = None  # sampled, not decoded yet
-    turn: int = 0  # the job's place in the order of admission
-    fresh: bool = False  # admitted, and no chunk prefilled yet
-
-    @property
-    def kept(self) -> int:
-        """How many tokens the slot keeps without a job, those included that idle time is computing again."""
-        return len(self.tokens) + len(self.pending)
+# Of so many chunks of prompts one goes to the prompt that was admitted first, the others to the one with the shortest
+# rest: a short prompt does not wait for a long one, and no number of short ones stops a long one.
+_OLDEST = 4
+# Seconds that `close` waits for the decoder to come back.
+_CLOSING = 30.0
 
 
 class Scheduler:
-    """Runs jobs over a decoder, first come, first served; of several requests with many jobs one of each in turn.
+    """Runs jobs over a decoder, first come, first served; of several batches with many jobs one of each in turn.
 
     A job starts from the slot whose tokens share the longest prefix with its prompt, or from a copy of it. A job waits
     until the decoder has room for its prompt and the longest answer it may give; idle slots keep their tokens until
     the room is needed.
 
-    With `reuse` at "exact", only whole chunks that prefill wrote are used again, so that every token of a prompt is
-    computed in the same company as in a fresh run. What decoding wrote is close to that, and not bit-equal; so in idle
-    time it is computed once more, by prefill, for the next turn of the conversation. With "all" it is used as it is.
+    With `reuse` at "exact" what decoding wrote is not used again (see Prefixes); so in idle time an answer that may
+    have a next turn is computed once more, by prefill.
+
+    What fails, fails alone: a step of the decoder ends the answer of its slot; one of several slots is tried again slot
+    by slot. When the thread ends, for whatever reason, all jobs end with `Unavailable`, and so does `submit`.
 
     Args:
         decoder: all its calls are made in the scheduler's own thread, which `close` ends.
@@ -76,83 +64,129 @@ class Scheduler:
         self._decoder = decoder
         self._queue_limit = queue_limit
         self._queue_timeout = queue_timeout
-        self._reuse = reuse
         self._renew_after = renew_after if reuse == "exact" else None
         self._pace = 0.0  # seconds that a job takes from admission to its end, a moving average
-        self._slots = [_Slot(index) for index in range(decoder.slots)]
+        self._prefixes = Prefixes(decoder, reuse)
+        self._slots = self._prefixes.slots
         self._waiting = Queue()
         self._turns = itertools.count()
+        self._chunks = itertools.count(1)
         self._swept = time.monotonic()
         self._renew_at = 0.0  # on time.monotonic()'s clock
-        self._wake = threading.Condition()  # its lock guards the queue
-        self._closed = False
+        self._counts = Counts()
+        self._step_began: float | None = None
+        # Guards the queue, the slots' jobs and the counts. The thread waits on it for work; `submit` and `close` wake
+        # it. Nobody is called back, and the decoder is not called, while it is held.
+        self._wake = threading.Condition()
+        self._closing = False
+        self._ended: Unavailable | None = None
+        self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name="phi3-scheduler", daemon=True)
         self._thread.start()
 
-    def submit(self, *jobs: Job) -> None:
-        """Puts the jobs of one request at the end of the queue.
+    def submit(self, jobs: Iterable[Job], fail: Callable[[Exception], None]) -> None:
+        """Queues jobs of one request, to be served in this order.
+
+        Args:
+            jobs: see Batch; the first one is asked for here, the others in the scheduler's thread.
+            fail: called in the scheduler's thread with what ends those jobs that never got a slot.
 
         Raises:
-            Busy: as many requests as may are waiting already; none of the jobs was taken.
-            RuntimeError: the scheduler is closed.
+            Busy: as many requests as may are waiting already.
+            Unavailable: the scheduler has ended, or lives in another process.
         """
-        if not jobs:
+        batch = Batch(jobs, fail)
+        if batch.first is None:
             return
-        if len(self._slots) == 1:
-            # Prompts that begin alike come one after the other: the slot keeps what the last one began with.
-            ordered = sorted(jobs, key=lambda job: job.generation.prompt)
-        else:
-            # The longest first, so that the last ones to end together are short.
-            ordered = sorted(jobs, key=lambda job: -job.generation.most_tokens)
+        if os.getpid() != self._process:
+            raise Unavailable(
+                "the model was loaded before this process was forked, and its thread did not come along: load the "
+                "model in the new process"
+            )
         with self._wake:
-            if self._closed:
-                raise RuntimeError("the model was closed")
+            if self._ended or self._closing:
+                raise self._ended or _closed()
             # Those that the thread is about to give to free slots do not have to wait.
-            count = self._waiting.requests - sum(slot.job is None for slot in self._slots)
+            count = self._waiting.unbegun - sum(slot.job is None for slot in self._slots)
             if self._queue_limit is not None and count >= self._queue_limit:
                 raise Busy("1 request is waiting" if count == 1 else f"{count} requests are waiting", self._patience())
-            self._waiting.add(ordered)
+            self._waiting.add(batch)
             self._wake.notify()
+
+    def statistics(self) -> Statistics:
+        """What goes on, all of one moment."""
+        if os.getpid() != self._process:
+            return Statistics(len(self._slots), 0, 0, self._decoder.capacity, 0, 0, 0, 0, 0, 0, 0, False, 0.0)
+        with self._wake:
+            began = self._step_began
+            return Statistics(
+                slots=len(self._slots),
+                running=sum(slot.job is not None for slot in self._slots),
+                waiting=self._waiting.unbegun,
+                capacity=self._decoder.capacity,
+                held=sum(len(slot.tokens) for slot in self._slots),
+                alive=self._ended is None and not self._closing,
+                step_seconds=0.0 if began is None else time.monotonic() - began,
+                **vars(self._counts),
+            )
+
+    def close(self, *, wait: bool = True) -> None:
+        """Ends every job with an error, the thread and the decoder. Harmless where that has happened.
+
+        Args:
+            wait: whether to return when it is done, or after 30 s where the decoder does not come back.
+        """
+        if os.getpid() != self._process:
+            return
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if wait and threading.current_thread() is not self._thread:
+            self._thread.join(_CLOSING)
 
     def _patience(self) -> int:
-        """Seconds until a request that comes now is begun, if the jobs are like those before."""
+        """Seconds until a request that comes now is begun, if the jobs are like those before. The lock is held."""
         now = time.monotonic()
-        jobs = [slot.job for slot in self._slots]  # the scheduler's thread goes on meanwhile
-        running = [now - job.admitted for job in jobs if job is not None]
-        ahead = max(1, self._waiting.requests)
+        running = [now - slot.job.admitted for slot in self._slots if slot.job is not None]
+        ahead = max(1, self._waiting.unbegun)
         return math.ceil(max(1.0, max(self._pace, *running, 0.0) * ahead / len(self._slots)))
 
-    def close(self) -> None:
-        """Ends every job with an error, and the thread; returns when the decoder is closed."""
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-
     def _run(self) -> None:
-        while self._sleep_while_idle():
-            for step in (self._sweep, self._admit, self._end_overdue, self._prefill, self._decode, self._renew):
-                try:
-                    step()
-                except Exception as error:  # whatever a backend raises ends the answers in the making, not the thread
-                    _logger.exception("the decoder failed")
-                    self._fail_all(error)
-        self._fail_all(RuntimeError("the model was closed"))
-        for job in self._waiting:
-            job.deliver(RuntimeError("the model was closed"))
-        self._decoder.close()
+        why = _closed()
+        try:
+            while self._sleep_while_idle():
+                self._turn()
+        except BaseException as error:
+            _logger.critical("the scheduler ended", exc_info=True)
+            why = Unavailable(f"the model's thread ended ({type(error).__name__}): load the model again")
+        finally:
+            with self._wake:
+                self._ended = why
+            self._end_all(why)
+            self._decoder.close()
+
+    def _turn(self) -> None:
+        try:
+            self._sweep()
+            self._admit()
+            self._end_overdue()
+            for parts in self._steps():
+                self._step(parts)
+            self._renew()
+        except Exception as error:  # no step of the decoder, and nobody's callback: whom it concerns is not known
+            _logger.exception("a fault in the scheduler itself")
+            self._end_all(error)
 
     def _sleep_while_idle(self) -> bool:
         with self._wake:
             timeout = None
-            if self._renew_after is not None and not self._has_work() and self._renewable():
+            if self._renew_after is not None and not self._has_work() and self._prefixes.renewable():
                 timeout = max(0.0, self._renew_at - time.monotonic())
             self._wake.wait_for(self._has_work, timeout)
-            return not self._closed
+            return not self._closing
 
     def _has_work(self) -> bool:
-        return bool(self._closed or self._waiting or any(slot.job for slot in self._slots))
+        return bool(self._closing or self._waiting or any(slot.job for slot in self._slots))
 
     def _sweep(self) -> None:
         """Ends waiting jobs whose time is over."""
@@ -162,174 +196,211 @@ class Scheduler:
         self._swept = now
         with self._wake:
             ending = self._waiting.take_ending()
-            late = [] if self._queue_timeout is None else self._waiting.take_unbegun(self._queue_timeout)
+            late = [] if self._queue_timeout is None else self._waiting.take_late(self._queue_timeout)
+            patience = self._patience()
         for job in ending:
             self._deliver_end(job)
-        for job in late:
+        for batch in late:
             problem = f"the request waited for its turn for {self._queue_timeout:g} seconds"
-            job.deliver(Busy(problem, self._patience()))
+            self._tell(batch.fail, Busy(problem, patience))
 
     def _admit(self) -> None:
         """Gives waiting jobs to free slots."""
-        while self._waiting and (free := [slot for slot in self._slots if slot.job is None]):
-            generation = self._waiting.first.generation
-            running = sum(slot.job.generation.most_tokens for slot in self._slots if slot.job is not None)
-            room = self._decoder.capacity - running - generation.most_tokens
-            if room < 0:
-                return
+        while free := self._prefixes.free():
             with self._wake:
+                if not self._waiting:
+                    return
+                generation = self._waiting.first.generation
+                running = sum(slot.job.generation.most_tokens for slot in self._slots if slot.job is not None)
+                room = self._decoder.capacity - running - generation.most_tokens
+                if room < 0:
+                    return
                 job = self._waiting.pop()
-            if job.ending():
+                slot = None
+                if not job.ending():
+                    slot = self._prefixes.choose(free, generation)
+                    slot.job, slot.fresh, slot.turn, slot.renew = job, True, next(self._turns), job.renew
+                    job.admitted = time.monotonic()
+            if slot is None:
                 self._deliver_end(job)
                 continue
-            slot = self._choose(free, generation.prompt)
-            slot.job, slot.fresh, slot.next, slot.turn = job, True, None, next(self._turns)
-            job.admitted = time.monotonic()
-            self._keep(slot, self._reusable(slot, generation.prompt))
-            slot.pending = generation.prompt[len(slot.tokens) :]
-            free.remove(slot)
-            self._evict(free, room)
-
-    def _choose(self, free: Sequence[_Slot], prompt: Sequence[int]) -> _Slot:
-        """The free slot that loses next to nothing by beginning with the prompt, or else was used longest ago."""
-        best = max(free, key=lambda slot: self._reusable(slot, prompt))
-        shared = self._reusable(best, prompt)
-        lost = best.usable - shared
-        if len(self._slots) == 1 or lost < self._unit or lost * _COPIES <= shared:
-            return best
-        return min(free, key=lambda slot: (slot.usable >= self._unit, slot.turn))
-
-    def _evict(self, idle: Sequence[_Slot], room: int) -> None:
-        """Forgets what idle slots keep, longest unused first, until the rest has room."""
-        kept = sum(slot.kept for slot in idle)
-        for slot in sorted(idle, key=lambda slot: slot.turn):
-            if kept > room:
-                kept -= slot.kept
-                self._keep(slot, 0)
-
-    def _keep(self, slot: _Slot, length: int) -> None:
-        # Also where nothing is left over: a decoder that failed may hold more than the slot knows of.
-        self._decoder.rewind(slot.index, length)
-        del slot.tokens[length:]
-        slot.usable = length
-        slot.pending = ()
-
-    @property
-    def _unit(self) -> int:
-        """Prefixes are used again in multiples of so many tokens."""
-        return self._decoder.chunk if self._reuse == "exact" else 1
-
-    def _reusable(self, slot: _Slot, prompt: Sequence[int]) -> int:
-        """How many of the slot's tokens the prompt may begin with; at least one of its own is left to compute."""
-        limit = min(slot.usable, len(prompt) - 1)
-        shared = bisect_left(range(limit), True, key=lambda at: slot.tokens[: at + 1] != prompt[: at + 1])
-        return shared // self._unit * self._unit
-
-    def _start(self, slot: _Slot, prompt: Sequence[int]) -> None:
-        """Before the first chunk: begins with a copy of what another slot shares, if that is more.
-
-        Here and not at admission, so that prompts that came together share too.
-        """
-        slot.fresh = False
-        source = max(self._slots, key=lambda other: self._reusable(other, prompt))
-        length = self._reusable(source, prompt)
-        if length > len(slot.tokens):
-            self._decoder.copy(source.index, slot.index, length)
-            slot.tokens, slot.usable, slot.pending = source.tokens[:length], length, prompt[length:]
+            try:
+                self._prefixes.enter(slot, generation)
+            except Exception as error:
+                _logger.exception("the decoder failed")
+                self._fail(slot, error)
+            else:
+                free.remove(slot)
+                self._prefixes.evict(free, room)
 
     def _end_overdue(self) -> None:
         for slot in self._slots:
             if slot.job is not None and slot.job.ending():
                 self._deliver_end(self._free(slot))
 
-    def _prefill(self) -> None:
-        """One chunk of the oldest prompt, so that a long prompt does not stop the others."""
-        pending = [slot for slot in self._slots if slot.job is not None and slot.pending]
-        if not pending:
-            return
-        slot = min(pending, key=lambda slot: slot.turn)
-        assert slot.job is not None
-        if slot.fresh:
-            self._start(slot, slot.job.generation.prompt)
-            slot.job.reused = len(slot.tokens)
-        chunk, slot.pending = slot.pending[: self._decoder.chunk], slot.pending[self._decoder.chunk :]
-        logits = self._decoder.prefill(slot.index, chunk, last=not slot.pending)
-        slot.tokens += chunk
-        slot.usable = len(slot.tokens)
-        if logits is not None:
-            self._accept(slot, logits)
+    def _steps(self) -> Iterator[Mapping[int, Part]]:
+        """What the decoder is to compute now, each step made when the one before is done."""
+        if self._decoder.mixed:
+            yield self._rows() | self._prompts()
+        else:
+            yield self._prompts()
+            yield self._rows()
 
-    def _decode(self) -> None:
-        """One token for every slot that has one to decode."""
-        tokens = {slot.index: slot.next for slot in self._slots if slot.job is not None and slot.next is not None}
-        if not tokens:
+    def _rows(self) -> dict[int, Part]:
+        """One token of every answer that has one to decode."""
+        answers = [(slot, slot.job.generation.next) for slot in self._slots if slot.job is not None]
+        return {slot.index: Part([token], 1) for slot, token in answers if token is not None}
+
+    def _prompts(self) -> dict[int, Part]:
+        """One chunk of prompts: of a single one, or where the decoder mixes them of as many as fill it."""
+        parts: dict[int, Part] = {}
+        room = self._decoder.chunk
+        waiting = [slot for slot in self._slots if slot.job is not None and slot.pending]
+        while room and waiting and (self._decoder.mixed or not parts):
+            if next(self._chunks) % _OLDEST == 0:
+                slot = min(waiting, key=lambda slot: slot.turn)
+            else:
+                slot = min(waiting, key=lambda slot: (len(slot.pending), slot.turn))
+            waiting.remove(slot)
+            assert slot.job is not None
+            try:
+                if slot.fresh:
+                    self._prefixes.begin(slot, slot.job)
+                    self._counts.cached += slot.job.reused
+            except Exception as error:
+                _logger.exception("the decoder failed")
+                self._fail(slot, error)
+                continue
+            ids = slot.pending[:room]
+            wanted = len(ids) if slot.job.generation.reads_prompt else int(len(ids) == len(slot.pending))
+            parts[slot.index] = Part(ids, wanted)
+            room -= len(ids)
+        return parts
+
+    def _step(self, parts: Mapping[int, Part]) -> None:
+        if not parts:
             return
-        logits = self._decoder.decode(tokens)
-        for index, token in tokens.items():
-            self._slots[index].tokens.append(token)
-            if self._reuse == "all":
-                self._slots[index].usable += 1
-        for index, row in logits.items():
-            self._accept(self._slots[index], row)
+        try:
+            logits = self._compute(parts)
+        except Exception as error:
+            if len(parts) == 1:
+                _logger.exception("the decoder failed")
+                for index in parts:
+                    self._fail(self._slots[index], error)
+                return
+            _logger.warning("the decoder failed on %d slots together; each is tried alone", len(parts), exc_info=True)
+            for index, part in parts.items():
+                try:
+                    self._decoder.rewind(index, len(self._slots[index].tokens))
+                except Exception as alone:
+                    self._fail(self._slots[index], alone)
+                else:
+                    self._step({index: part})
+            return
+        for index, part in parts.items():
+            self._take(self._slots[index], part, logits.get(index))
+
+    def _compute(self, parts: Mapping[int, Part]) -> Mapping[int, np.ndarray]:
+        self._step_began = time.monotonic()
+        try:
+            return self._decoder.step(parts)
+        finally:
+            self._step_began = None
+
+    def _take(self, slot: Slot, part: Part, logits: np.ndarray | None) -> None:
+        """What a step brought to the answer in a slot."""
+        assert slot.job is not None
+        generation = slot.job.generation
+        prefilled = self._prefixes.write(slot, part.ids)
+        self._counts.computed += len(part.ids) if prefilled else 0
+        if logits is None:
+            return
+        try:
+            if prefilled and generation.reads_prompt:
+                generation.read(logits)
+            if slot.pending:
+                return
+            piece = generation.accept(logits[-1])
+        except Exception as error:  # the answer's own failure, or numbers that are none
+            self._fail(slot, error)
+            return
+        self._counts.generated += 1
+        self._deliver(slot.job if piece.reason is None else self._free(slot), piece)
 
     def _renew(self) -> None:
         """One chunk of an answer, which decoding wrote, by prefill; only after some time without any work."""
         start = time.monotonic()
         if self._renew_after is None or self._has_work() or start < self._renew_at:
             return
-        slot = max(self._renewable(), key=lambda slot: slot.turn, default=None)
+        slot = max(self._prefixes.renewable(), key=lambda slot: slot.turn, default=None)
         if slot is None:
             return
-        chunk = self._decoder.chunk
-        if not slot.pending:
-            kept, whole = (length // chunk * chunk for length in (slot.usable, len(slot.tokens)))
-            answer = slot.tokens[kept:whole]
-            self._keep(slot, kept)
-            slot.pending = answer
-        part, slot.pending = slot.pending[:chunk], slot.pending[chunk:]
-        self._decoder.prefill(slot.index, part, last=False)
-        slot.tokens += part
-        slot.usable = len(slot.tokens)
+        try:
+            if not slot.pending:
+                self._prefixes.reopen(slot)
+            part = Part(slot.pending[: self._decoder.chunk])
+            self._compute({slot.index: part})
+        except Exception:
+            _logger.exception("the decoder failed while nothing was asked of it")
+            self._prefixes.forget(slot)
+        else:
+            self._prefixes.write(slot, part.ids)
+            self._counts.renewed += len(part.ids)
         # Nobody waits for it: others get as much of the machine, and of Python's global lock.
         now = time.monotonic()
         self._renew_at = now + (now - start)
 
-    def _renewable(self) -> list[_Slot]:
-        """Idle slots of which another prompt could begin with more, were it prefilled."""
-        chunk = self._decoder.chunk
-        idle = [slot for slot in self._slots if slot.job is None and slot.usable]
-        return [slot for slot in idle if slot.pending or slot.usable // chunk < len(slot.tokens) // chunk]
-
-    def _accept(self, slot: _Slot, logits: np.ndarray) -> None:
-        assert slot.job is not None
-        try:
-            step = slot.job.generation.accept(logits)
-        except Exception as error:  # this answer's own failure; what the decoder holds is sound
-            self._free(slot).deliver(error)
-            return
-        slot.next = step.token
-        job = slot.job if step.reason is None else self._free(slot)
-        job.deliver(step)
-
-    def _free(self, slot: _Slot) -> Job:
+    def _free(self, slot: Slot) -> Job:
         """Takes the job out of its slot."""
-        job, slot.job, slot.pending = slot.job, None, ()
-        assert job is not None
-        now = time.monotonic()
-        self._renew_at = now + (self._renew_after or 0.0)
-        took = now - job.admitted
-        self._pace += (took - self._pace) * (0.2 if self._pace else 1.0)
+        with self._wake:
+            job, slot.job, slot.pending = slot.job, None, ()
+            assert job is not None
+            now = time.monotonic()
+            self._renew_at = now + (self._renew_after or 0.0)
+            took = now - job.admitted
+            self._pace += (took - self._pace) * (0.2 if self._pace else 1.0)
+            self._counts.ended += 1
         return job
+
+    def _fail(self, slot: Slot, error: Exception) -> None:
+        """Ends a slot's answer with an error, and forgets what the slot holds: nobody knows whether it is sound."""
+        with self._wake:
+            job, slot.job = slot.job, None
+            self._counts.failed += 1
+        self._prefixes.forget(slot)
+        assert job is not None
+        self._deliver(job, error)
+
+    def _end_all(self, error: Exception) -> None:
+        """Ends everything that runs or waits with an error."""
+        with self._wake:
+            batches = self._waiting.take_all()
+        for slot in self._slots:
+            if slot.job is not None:
+                self._fail(slot, error)
+        for batch in batches:
+            self._tell(batch.fail, error)
 
     def _deliver_end(self, job: Job) -> None:
         try:
-            job.deliver(job.generation.end(job.ending() or "cancelled"))
+            event: Piece | Exception = job.generation.end(job.ending() or "cancelled")
         except Exception as error:
-            job.deliver(error)
+            event = error
+        self._deliver(job, event)
 
-    def _fail_all(self, error: Exception) -> None:
-        for slot in self._slots:
-            if slot.job is not None:
-                slot.job.deliver(error)
-                slot.job = None
-            slot.usable, slot.pending = 0, ()
+    def _deliver(self, job: Job, event: Piece | Exception) -> None:
+        if not self._tell(job.deliver, event):
+            job.cancel()
+
+    def _tell(self, callback: Callable[..., None], event: Piece | Exception) -> bool:
+        """Calls a caller back; what it raises is its own affair."""
+        try:
+            callback(event)
+        except BaseException:
+            _logger.exception("a callback raised an error")
+            return False
+        return True
+
+
+def _closed() -> Unavailable:
+    return Unavailable("the model was closed: load it again")

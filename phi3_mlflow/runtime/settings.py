@@ -5,11 +5,11 @@ from typing import Any
 
 from . import FORMAT
 from .errors import FormatError, InvalidRequest, shorten
-from .options import NAMES, OneOf, Options, Range
+from .options import NAMES, Flag, OneOf, Options, Range
 from .signatures import TASKS
 from .sizes import Bytes
 
-SETTINGS: dict[str, Range | Bytes | OneOf] = {
+SETTINGS: dict[str, Range | Bytes | OneOf | Flag] = {
     "context_length": Range("integer", 16),
     "threads": Range("integer", 1, 1024),
     "parallel": Range("integer", 1, 64),
@@ -17,6 +17,8 @@ SETTINGS: dict[str, Range | Bytes | OneOf] = {
     "queue_limit": Range("integer", 1),
     "queue_timeout": Range("number", 0, above=True),
     "prefix_reuse": OneOf(("exact", "all")),
+    "idle_prefill": Flag(),
+    "on_error": OneOf(("raise", "row")),
 }
 
 

@@ -9,11 +9,11 @@ import re
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
-StopReason = Literal["stop_sequence", "repetition", "self_talk"]
+TextStop = Literal["stop_sequence", "repetition", "self_talk"]
 
 
 class _Machine(Protocol):
-    def step(self, text: str) -> tuple[str, StopReason | None]: ...
+    def step(self, text: str) -> tuple[str, TextStop | None]: ...
     def flush(self) -> str: ...
 
 
@@ -37,9 +37,9 @@ class Stops:
             self._machines.append(RepetitionGuard(prompt))
         if self_talk:
             self._machines.append(SelfTalkGuard(prompt))
-        self._reason: StopReason | None = None
+        self._reason: TextStop | None = None
 
-    def step(self, text: str) -> tuple[str, StopReason | None]:
+    def step(self, text: str) -> tuple[str, TextStop | None]:
         """Take new text of the answer.
 
         Returns:
@@ -110,7 +110,7 @@ class StopSequences:
             state = self._shorter[state]
         return self._next[state].get(character, 0)
 
-    def step(self, text: str) -> tuple[str, StopReason | None]:
+    def step(self, text: str) -> tuple[str, TextStop | None]:
         """Take new text; release what cannot be part of a stop sequence."""
         before, self._held = len(self._held), self._held + text
         for end, character in enumerate(text, before + 1):
@@ -174,7 +174,7 @@ class SelfTalkGuard:
         self._fenced = False
         self._headings = False
 
-    def step(self, text: str) -> tuple[str, StopReason | None]:
+    def step(self, text: str) -> tuple[str, TextStop | None]:
         """Take new text; release what cannot be line breaks and the beginning of a marker."""
         released = []
         for index, character in enumerate(text):
@@ -281,7 +281,9 @@ SUSPECT, MATCH = 16, 8
 # Whitespace that goes on for longer is held back; LOOP characters of it are a loop.
 SPACES = 3
 SENTENCE_ENDS = ".!?\u2026\u3002"
-TIMES = re.compile(r"\b(\d{1,3})\s*(?:times|mal|fois|veces|volte|x\b)", re.IGNORECASE)
+TIMES = re.compile(r"\b(\d{1,3})\s*(?:times|mal|fois|veces|volte)\b", re.IGNORECASE)
+# More repeats than this may not be asked for: with the longest period they are 40,000 characters.
+MOST_ASKED = 100
 
 
 class RepetitionGuard:
@@ -295,14 +297,14 @@ class RepetitionGuard:
     """
 
     def __init__(self, prompt: str = ""):
-        self._asked = max((int(number) for number in TIMES.findall(prompt)), default=0)
+        self._asked = min(max((int(number) for number in TIMES.findall(prompt)), default=0), MOST_ASKED)
         self._text = ""  # the last characters, the ones held back included
         self._end = 0  # characters so far
         self._released = 0
         self._loops: dict[int, int] = {}  # period -> where its repetition began
         self._spaces = 0  # where the whitespace at the end began
 
-    def step(self, text: str) -> tuple[str, StopReason | None]:
+    def step(self, text: str) -> tuple[str, TextStop | None]:
         """Take new text; release what is in no loop, or in its first repetitions."""
         released = []
         for character in text:
@@ -329,9 +331,10 @@ class RepetitionGuard:
         start = self._end - len(self._text)
         released = self._text[self._released - start : max(end, self._released) - start]
         self._released = max(end, self._released)
-        # Twice what a suspicion looks back at, so that the text is not copied at every character.
+        # Twice what a suspicion looks back at, so that the text is not copied at every character; and before what is
+        # held back the two characters that tell where a sentence ends.
         if len(self._text) > 4 * PERIOD:
-            self._text = self._text[min(len(self._text) - 2 * PERIOD, self._released - start) :]
+            self._text = self._text[max(0, min(len(self._text) - 2 * PERIOD, self._released - start - 2)) :]
         return released
 
     def _suspect(self) -> None:

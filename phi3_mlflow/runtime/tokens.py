@@ -86,10 +86,6 @@ class Tokens:
         """Ids of the control tokens by their text."""
         return {text: token["id"] for text, token in self._added.items()}
 
-    def piece(self, token: int) -> bytes:
-        """The UTF-8 bytes that a token stands for, part of a character maybe; for a control token its name."""
-        return self._pieces[token] or self._names.get(token, b"")
-
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The prompt for the next assistant message.
 
@@ -131,7 +127,7 @@ class Tokens:
 
     def decoder(self, *, strip: bool = True) -> "TextDecoder":
         """An incremental decoder for one answer."""
-        return TextDecoder(self._pieces, self._strip if strip else 0)
+        return TextDecoder(self._pieces, self._names, self._strip if strip else 0)
 
     def _encode_runs(self, runs: Sequence[int | str]) -> list[int]:
         specs = {token["id"]: token for token in self._added.values()}
@@ -188,16 +184,29 @@ class Tokens:
 
 
 class TextDecoder:
-    """Token ids of one answer to text, one by one. Half of a character is held back until the rest arrives."""
+    """Token ids of one answer to text, one by one. Half of a character is held back until the rest arrives.
 
-    def __init__(self, pieces: Sequence[bytes], strip: int):
+    Attributes:
+        carried: how many characters of what the last step gave stand for bytes of earlier tokens alone.
+    """
+
+    def __init__(self, pieces: Sequence[bytes], names: Mapping[int, bytes], strip: int):
+        self.carried = 0
         self._pieces = pieces
+        self._names = names
         self._strip = strip
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
+    def piece(self, token: int) -> bytes:
+        """The UTF-8 bytes that a token stands for, part of a character maybe; for a control token its name."""
+        return self._pieces[token] or self._names.get(token, b"")
+
     def step(self, token: int) -> str:
         """The text that this token completes, often a word, sometimes nothing."""
-        return self._trim(self._utf8.decode(self._pieces[token]))
+        piece = self._pieces[token]
+        held = self._utf8.getstate()[0]
+        self.carried = int(bool(held and piece) and _breaks_off(held + piece[:1]))
+        return self._trim(self._utf8.decode(piece))
 
     def flush(self) -> str:
         """What is held back when the answer ends: U+FFFD for bytes that never became a character."""
@@ -209,6 +218,15 @@ class TextDecoder:
         spaces = min(self._strip, len(text) - len(text.lstrip(" ")))
         self._strip = 0 if spaces < len(text) else self._strip - spaces
         return text[spaces:]
+
+
+def _breaks_off(beginning: bytes) -> bool:
+    """Whether the last byte does not go on with the character that those before it begin: U+FFFD stands for them."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(beginning)
+    except UnicodeDecodeError:
+        return True
+    return False
 
 
 class _ChatTemplate:

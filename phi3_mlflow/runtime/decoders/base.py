@@ -5,9 +5,29 @@ scheduler's one thread makes every call.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+
+from ..errors import InvalidRequest, Phi3Error
+
+
+class CannotBatch(Phi3Error):
+    """A folder that onnxruntime-genai may be able to run, but not a decoder of several sequences."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one step computes for one slot.
+
+    Attributes:
+        ids: token ids to append to its sequence, at least one.
+        logits: for how many of the last positions logits are wanted, at most all of them.
+    """
+
+    ids: Sequence[int]
+    logits: int = 0
 
 
 class Decoder(Protocol):
@@ -17,7 +37,9 @@ class Decoder(Protocol):
         slots: how many sequences can be kept at once, numbered from 0.
         context_length: the most tokens one sequence can hold.
         capacity: the most tokens all sequences can hold together, at least `context_length`.
-        chunk: how many tokens the scheduler prefills between two looks at everything else.
+        chunk: how many tokens of prompts the scheduler puts into one step.
+        mixed: whether one step takes any number of tokens for each of several slots. Otherwise it takes one part
+            alone, or one token for each of several slots.
         eos: the ids that end an answer, as the weights' own configuration names them.
     """
 
@@ -25,29 +47,21 @@ class Decoder(Protocol):
     context_length: int
     capacity: int
     chunk: int
+    mixed: bool
     eos: frozenset[int]
 
-    def prefill(self, slot: int, ids: Sequence[int], *, last: bool) -> np.ndarray | None:
-        """Appends a part of a prompt to a slot's sequence.
+    def step(self, parts: Mapping[int, Part]) -> Mapping[int, np.ndarray]:
+        """Appends tokens to the sequences of several slots.
 
         Args:
-            slot: the sequence.
-            ids: 1 to `chunk` token ids.
-            last: whether the prompt ends here.
+            parts: by slot, at least one.
 
         Returns:
-            For the last part (vocabulary,) float32 logits for the position behind it, else None. The array is valid
-            until the next call.
-        """
+            By slot, where logits are wanted, (part.logits, vocabulary) float32: for the places behind the part's last
+            positions. Valid until the next call.
 
-    def decode(self, tokens: Mapping[int, int]) -> Mapping[int, np.ndarray]:
-        """Appends one token to each of several slots' sequences, in one step.
-
-        Args:
-            tokens: slot -> token id; at least one.
-
-        Returns:
-            slot -> (vocabulary,) float32 logits for the next position, valid until the next call.
+        Raises:
+            Exception: the step failed. Until they are rewound, its slots may hold any number of its tokens.
         """
 
     def rewind(self, slot: int, length: int) -> None:
@@ -58,3 +72,18 @@ class Decoder(Protocol):
 
     def close(self) -> None:
         """Frees what the decoder holds. No call follows."""
+
+
+def context_within(asked: int | None, own: int) -> int:
+    """The most tokens of one sequence.
+
+    Args:
+        asked: the setting `context_length`; None for all that the weights have.
+        own: what the weights have.
+
+    Raises:
+        InvalidRequest: it asks for more than they have.
+    """
+    if asked is not None and asked > own:
+        raise InvalidRequest("context_length", f"is {asked}, and these weights have {own}; set at most that")
+    return asked or own

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InvalidRequest, Phi3Error
+from ..errors import InvalidRequest
+from .base import CannotBatch, Part, context_within
 from .kv import KVCache, machine_memory, position_bytes
 
 # Read by onnxruntime when it is first imported.
@@ -25,10 +26,6 @@ _MAX_BINDINGS = 64
 # Rows that decode together differ from rows alone by rounding: by less than a hundredth of the logits' spread, where
 # it was measured. A graph that mixes rows or positions up is off by the whole spread. Both as shares of the spread.
 _TOLERANCE = 0.1
-
-
-class CannotBatch(Phi3Error):
-    """A folder that onnxruntime-genai may be able to run, but BatchedDecoder cannot."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +61,11 @@ class BatchedDecoder:
 
     Raises:
         CannotBatch: the folder cannot be loaded this way; the message says why.
-        InvalidRequest: the budget does not hold one whole sequence.
+        InvalidRequest: the budget does not hold one whole sequence, or the context_length is more than the weights
+            have.
     """
 
+    mixed = False
     # As for onnxruntime-genai, so that prompts are computed in the same company and give the same logits. It is how
     # long the other sequences wait: 0.5 to 0.7 s at full size on two cores.
     chunk = 16
@@ -83,7 +82,7 @@ class BatchedDecoder:
         self.slots = slots
         shape = _read_config(folder)
         self.eos = shape.eos
-        self.context_length = min(context_length or shape.context_length, shape.context_length)
+        self.context_length = context_within(context_length, shape.context_length)
         token_bytes = position_bytes(shape.layers, shape.heads, shape.head_size)
         self.capacity = _capacity(kv_budget, token_bytes, self.context_length)
         options = ort.SessionOptions()
@@ -115,19 +114,21 @@ class BatchedDecoder:
         self._bindings: dict[tuple[int, int, bool], Any] = {}
         self._prove()
 
-    def prefill(self, slot: int, ids: Sequence[int], *, last: bool) -> np.ndarray | None:
+    def step(self, parts: Mapping[int, Part]) -> Mapping[int, np.ndarray]:
         """See Decoder."""
-        if not self._kv.lengths[self._rows[slot]]:
-            self._move_beside_the_others(slot)
-        logits = self._run(self._rows[slot], np.asarray([ids], np.int64), wanted=last)
-        return logits[0, -1] if last else None
-
-    def decode(self, tokens: Mapping[int, int]) -> Mapping[int, np.ndarray]:
-        """See Decoder."""
-        rows = self._decoded = self._gather({self._rows[slot] for slot in tokens})
+        if len(parts) == 1:
+            ((slot, part),) = parts.items()
+            if not self._kv.lengths[self._rows[slot]]:
+                self._move_beside_the_others(slot)
+            row = self._rows[slot]
+            if len(part.ids) == 1:
+                self._decoded = range(row, row + 1)
+            logits = self._run(row, np.asarray([part.ids], np.int64), wanted=part.logits > 0)
+            return {slot: logits[0, -part.logits :]} if part.logits else {}
+        rows = self._decoded = self._gather({self._rows[slot] for slot in parts})
         slots = [self._slots[row] for row in rows]
-        logits = self._run(rows.start, np.asarray([[tokens[slot]] for slot in slots], np.int64))
-        return {slot: logits[place, -1] for place, slot in enumerate(slots)}
+        logits = self._run(rows.start, np.asarray([parts[slot].ids for slot in slots], np.int64))
+        return {slot: logits[place] for place, slot in enumerate(slots)}
 
     def rewind(self, slot: int, length: int) -> None:
         """See Decoder."""
@@ -221,20 +222,21 @@ class BatchedDecoder:
     def _prove(self) -> None:
         """Runs two rows of different lengths together and each alone, which only a fitting graph does alike."""
         prompts = [[5, 6, 7, 8, 9], [10, 11, 12]][: self.slots]
+        last = Part([13], 1)
         try:
             for slot, prompt in enumerate(prompts):
-                self.prefill(slot, prompt[:2], last=False)
-                self.prefill(slot, prompt[2:], last=True)
-            alone = [self.decode({slot: 13})[slot].copy() for slot in range(len(prompts))]
+                self.step({slot: Part(prompt[:2])})
+                self.step({slot: Part(prompt[2:], 1)})
+            alone = [self.step({slot: last})[slot].copy() for slot in range(len(prompts))]
             for slot, prompt in enumerate(prompts):
                 self.rewind(slot, len(prompt))
-            together = self.decode(dict.fromkeys(range(len(prompts)), 13))
+            together = self.step(dict.fromkeys(range(len(prompts)), last))
             for slot, prompt in enumerate(prompts):
                 self.rewind(slot, 0)
                 # A prompt at once, where it was in parts before.
-                self.prefill(slot, [*prompt, 13], last=False)
+                self.step({slot: Part([*prompt, 13])})
                 self.rewind(slot, len(prompt))
-                once = self.decode({slot: 13})[slot]
+                once = self.step({slot: last})[slot]
                 for other in (together[slot], once):
                     if not np.abs(alone[slot] - other).max() <= _TOLERANCE * np.std(alone[slot]):
                         raise CannotBatch("the graph gives other logits to rows that are decoded together")
@@ -258,14 +260,19 @@ def check_budget(folder: Path, context_length: int | None, budget: int) -> None:
         InvalidRequest: the budget does not hold one whole sequence.
     """
     shape = _read_config(folder)
-    length = min(context_length or shape.context_length, shape.context_length)
+    length = context_within(context_length, shape.context_length)
     _capacity(budget, position_bytes(shape.layers, shape.heads, shape.head_size), length)
 
 
 def _capacity(budget: int | None, token_bytes: int, context_length: int) -> int:
     """How many tokens the budget holds."""
     if budget is None:
-        return max(machine_memory() // 4 // token_bytes, context_length)
+        memory = machine_memory()
+        if memory is None:
+            raise InvalidRequest(
+                "kv_budget", "is not set, and this system does not tell how much memory it has; set it"
+            )
+        return max(memory // 4 // token_bytes, context_length)
     if budget < context_length * token_bytes:
         raise InvalidRequest(
             "kv_budget",

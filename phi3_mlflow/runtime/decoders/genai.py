@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import WeightsError
+from ..errors import InvalidRequest, WeightsError
+from .base import Part, context_within
 
 # The telemetry of onnxruntime and onnxruntime-genai is on by default and is read when they are first imported.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -30,9 +31,11 @@ class GenaiDecoder:
 
     Raises:
         WeightsError: the folder cannot be loaded.
+        InvalidRequest: the context_length is more than the weights have.
     """
 
     slots = 1
+    mixed = False
     # A chunk is how long /ping and cancellation may wait, 0.5 to 0.7 s at full size on two cores. Chunks of 16 to 256
     # tokens were measured to be equally fast.
     chunk = 16
@@ -40,37 +43,41 @@ class GenaiDecoder:
     def __init__(self, folder: Path, *, context_length: int | None = None, threads: int | None = None):
         try:
             model = json.loads((folder / "genai_config.json").read_text("utf-8"))["model"]
+            self.context_length = self.capacity = context_within(context_length, model["context_length"])
             config = og.Config(str(folder))
             # 0 is onnxruntime's own default. onnxruntime-genai's takes one thread on two cores.
             options = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads or 0}}}}
             config.overlay(json.dumps(options))
             self._model = og.Model(config)
+        except InvalidRequest:
+            raise
         except Exception as error:  # onnxruntime-genai raises whatever its C++ side throws
             raise WeightsError(f"onnxruntime-genai cannot load {folder}: {error}") from error
         eos = model["eos_token_id"]
         self.eos = frozenset(eos if isinstance(eos, list) else [eos])
-        self.context_length = min(context_length or model["context_length"], model["context_length"])
-        self.capacity = self.context_length
         self._generator: og.Generator | None = None
 
-    def prefill(self, slot: int, ids: Sequence[int], *, last: bool) -> np.ndarray | None:
+    def step(self, parts: Mapping[int, Part]) -> Mapping[int, np.ndarray]:
         """See Decoder."""
-        if self._generator is None:
-            params = og.GeneratorParams(self._model)
-            params.set_search_options(max_length=self.context_length, batch_size=1, do_sample=False)
-            self._generator = og.Generator(self._model, params)
-        self._append(ids)
-        return self._logits() if last else None
-
-    def decode(self, tokens: Mapping[int, int]) -> Mapping[int, np.ndarray]:
-        """See Decoder."""
-        self._append([tokens[0]])
-        return {0: self._logits()}
+        part = parts[0]
+        try:
+            self._append(part.ids)
+            return {0: self._logits(part.logits)} if part.logits else {}
+        except Exception:
+            self._generator = None  # nobody knows what it holds
+            raise
 
     def rewind(self, slot: int, length: int) -> None:
         """See Decoder."""
-        if self._generator is not None:
+        if self._generator is None:
+            if length:
+                raise RuntimeError("the sequence was lost when a step failed")
+            return
+        try:
             self._generator.rewind_to(length)
+        except Exception:
+            self._generator = None
+            raise
 
     def copy(self, source: int, target: int, length: int) -> None:
         """See Decoder."""
@@ -82,13 +89,18 @@ class GenaiDecoder:
         del self._model
 
     def _append(self, ids: Sequence[int]) -> None:
-        assert self._generator is not None
+        if self._generator is None:
+            params = og.GeneratorParams(self._model)
+            params.set_search_options(max_length=self.context_length, batch_size=1, do_sample=False)
+            self._generator = og.Generator(self._model, params)
         start = time.perf_counter()
         self._generator.append_tokens(np.asarray([ids], dtype=np.int32))
         took = time.perf_counter() - start
         if took >= _LONG:
             time.sleep(took * _REST)
 
-    def _logits(self) -> np.ndarray:
+    def _logits(self, count: int) -> np.ndarray:
         assert self._generator is not None
-        return self._generator.get_logits().reshape(-1)
+        # The one gives the last position alone, the other those of all tokens that were appended together.
+        logits = self._generator.get_logits() if count == 1 else self._generator.get_output("logits")
+        return logits[0, -count:]

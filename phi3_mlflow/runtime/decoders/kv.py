@@ -56,7 +56,8 @@ class KVCache:
     def truncate(self, row: int, length: int) -> None:
         """Forgets what a row holds from a position on, and gives the memory back."""
         old, self.lengths[row] = self.lengths[row], length
-        self._give_back(row, length, old)
+        for memory in self._maps:
+            self._give_back(memory, row, length, old)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Makes a row begin with what another one begins with, and end there."""
@@ -66,17 +67,17 @@ class KVCache:
         self.lengths[target] = length
 
     def swap(self, left: int, right: int) -> None:
-        """Exchanges what two rows hold."""
+        """Exchanges what two rows hold. Takes memory for one layer's part of a row besides."""
         ahead, behind = (left, right) if self.lengths[left] >= self.lengths[right] else (right, left)
         longer, shorter = self.lengths[ahead], self.lengths[behind]
-        for array in self.arrays:
+        for array, memory in zip(self.arrays, self._maps, strict=True):
             kept = array[behind, :, :shorter].copy()
             array[behind, :, :longer] = array[ahead, :, :longer]
             array[ahead, :, :shorter] = kept
+            self._give_back(memory, ahead, shorter, longer)
         self.lengths[ahead], self.lengths[behind] = shorter, longer
-        self._give_back(ahead, shorter, longer)
 
-    def _give_back(self, row: int, start: int, end: int) -> None:
+    def _give_back(self, memory: mmap.mmap, row: int, start: int, end: int) -> None:
         """Gives back the pages that lie wholly behind `start`, of those that positions up to `end` have used."""
         assert _GIVE_BACK is not None
         position = self._head_bytes // self.capacity
@@ -84,12 +85,11 @@ class KVCache:
         if first >= last:
             return
         own = row * self._heads * self._head_bytes
-        for memory in self._maps:
-            if start == 0:
-                memory.madvise(_GIVE_BACK, own, self._heads * self._head_bytes)
-                continue
-            for head in range(self._heads):
-                memory.madvise(_GIVE_BACK, own + head * self._head_bytes + first, last - first)
+        if start == 0:
+            memory.madvise(_GIVE_BACK, own, self._heads * self._head_bytes)
+            return
+        for head in range(self._heads):
+            memory.madvise(_GIVE_BACK, own + head * self._head_bytes + first, last - first)
 
 
 def position_bytes(layers: int, heads: int, head_size: int) -> int:
@@ -97,9 +97,15 @@ def position_bytes(layers: int, heads: int, head_size: int) -> int:
     return 2 * layers * heads * head_size * 4
 
 
-def machine_memory() -> int:
-    """Bytes of memory that this process may use: the machine's, or the container's where that is less."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def machine_memory() -> int | None:
+    """Bytes of memory that this process may use: the machine's, or the container's where that is less.
+
+    None where the system does not tell (os.sysconf is Unix's, and not every Unix has these names).
+    """
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
     # The limits of control groups, version 2 and version 1.
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:

@@ -1,11 +1,12 @@
 """The model of a transformers pipeline, on the device where the pipeline put it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import WeightsError
+from .base import Part, context_within
 
 if TYPE_CHECKING:
     import transformers
@@ -17,10 +18,15 @@ class PipelineDecoder:
     Args:
         pipeline: a text-generation pipeline. Its tokenizer and its generate() are not used.
         context_length: at most this many tokens; None for all that the model has.
+
+    Raises:
+        InvalidRequest: the context_length is more than the weights have.
+        WeightsError: the weights do not say which ids end an answer.
     """
 
     slots = 1
     chunk = 256
+    mixed = False
 
     def __init__(self, pipeline: "transformers.TextGenerationPipeline", *, context_length: int | None = None):
         import torch
@@ -32,8 +38,7 @@ class PipelineDecoder:
         self._torch = torch
         self._model = pipeline.model.eval()
         own = self._model.config.max_position_embeddings
-        self.context_length = min(context_length or own, own)
-        self.capacity = self.context_length
+        self.context_length = self.capacity = context_within(context_length, own)
         eos = self._model.generation_config.eos_token_id
         if eos is None:
             eos = self._model.config.eos_token_id
@@ -44,14 +49,14 @@ class PipelineDecoder:
         self.eos = frozenset(eos if isinstance(eos, list) else [eos])
         self._cache = self._new_cache()
 
-    def prefill(self, slot: int, ids: Sequence[int], *, last: bool) -> np.ndarray | None:
+    def step(self, parts: Mapping[int, Part]) -> Mapping[int, np.ndarray]:
         """See Decoder."""
-        logits = self._forward(ids)
-        return logits if last else None
-
-    def decode(self, tokens: Mapping[int, int]) -> Mapping[int, np.ndarray]:
-        """See Decoder."""
-        return {0: self._forward([tokens[0]])}
+        part, torch = parts[0], self._torch
+        with torch.inference_mode():
+            tokens = torch.tensor([list(part.ids)], device=self._model.device)
+            wanted = max(1, part.logits)  # 0 would mean all
+            output = self._model(tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=wanted)
+        return {0: output.logits[0].float().cpu().numpy()} if part.logits else {}
 
     def rewind(self, slot: int, length: int) -> None:
         """See Decoder."""
@@ -68,10 +73,3 @@ class PipelineDecoder:
     def close(self) -> None:
         """See Decoder."""
         del self._model, self._cache
-
-    def _forward(self, ids: Sequence[int]) -> np.ndarray:
-        torch = self._torch
-        with torch.inference_mode():
-            tokens = torch.tensor([list(ids)], device=self._model.device)
-            output = self._model(tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        return output.logits[0, -1].float().cpu().numpy()

@@ -1,0 +1,103 @@
+"""A folder of weights -> a service. Knows decoders and settings; nothing of MLflow's calls."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import manifest
+from .decoders.base import CannotBatch, Decoder
+from .service import Service
+from .settings import check_batching, default_options, refuse_batching, settings_of
+from .tokens import Tokens
+
+if TYPE_CHECKING:
+    import transformers
+
+_logger = logging.getLogger(__name__)
+
+# How many requests may wait where the model_config does not say.
+DEFAULT_QUEUE_LIMIT = 64
+# Seconds without work after which answers are prefilled again.
+_RENEW_AFTER = 1.0
+
+
+def load_onnx(folder: Path, config: Mapping[str, Any]) -> Service:
+    """Checks and loads an onnxruntime-genai folder.
+
+    Args:
+        folder: the weights, with their manifest.
+        config: the model_config: defaults of options, and what `settings` lists.
+
+    Raises:
+        FormatError, WeightsError: this runtime cannot read the model, or a file is missing or damaged.
+        InvalidRequest: a setting is not allowed.
+    """
+    settings = settings_of(config)
+    check_batching(config)
+    manifest.verify(folder)
+    return service(Tokens.from_folder(folder), onnx_decoder(folder, settings), settings, config)
+
+
+def load_pipeline(folder: Path, pipeline: "transformers.TextGenerationPipeline", config: Mapping[str, Any]) -> Service:
+    """Loads a pipeline of transformers.
+
+    Args:
+        folder: the tokenizer's.
+        pipeline: its model is driven; its tokenizer and its generate() are not used.
+        config: as for load_onnx.
+
+    Raises:
+        FormatError, WeightsError: this runtime cannot read the model.
+        InvalidRequest: a setting is not allowed.
+    """
+    import torch
+
+    from .decoders.pipeline import PipelineDecoder
+
+    settings = settings_of(config)
+    refuse_batching(config)
+    if threads := settings.get("threads"):
+        torch.set_num_threads(threads)
+    decoder = PipelineDecoder(pipeline, context_length=settings.get("context_length"))
+    return service(Tokens.from_folder(folder), decoder, settings, config)
+
+
+def service(tokens: Tokens, decoder: Decoder, settings: Mapping[str, Any], config: Mapping[str, Any]) -> Service:
+    """A service with the settings and defaults of a model_config.
+
+    Raises:
+        InvalidRequest: a default means nothing to this model.
+    """
+    return Service(
+        tokens,
+        decoder,
+        task=config.get("task", "llm/v1/chat"),
+        name=config.get("name", "phi3"),
+        template=config.get("template", True),
+        defaults=default_options(config),
+        queue_limit=settings.get("queue_limit", DEFAULT_QUEUE_LIMIT),
+        queue_timeout=settings.get("queue_timeout"),
+        reuse=settings.get("prefix_reuse", "exact"),
+        renew_after=_RENEW_AFTER if settings.get("idle_prefill", True) else None,
+    )
+
+
+def onnx_decoder(folder: Path, settings: Mapping[str, Any]) -> Decoder:
+    """The decoder that the settings ask for, or onnxruntime-genai's with the reason in the log.
+
+    Raises:
+        WeightsError: the folder cannot be loaded.
+        InvalidRequest: a setting does not fit the weights.
+    """
+    shared = {"context_length": settings.get("context_length"), "threads": settings.get("threads")}
+    if settings.get("parallel", 1) > 1:
+        from .decoders.batched import BatchedDecoder
+
+        try:
+            return BatchedDecoder(folder, slots=settings["parallel"], kv_budget=settings.get("kv_budget"), **shared)
+        except CannotBatch as error:
+            _logger.warning("`parallel` has no effect, requests are answered one by one: %s", error)
+    from .decoders.genai import GenaiDecoder
+
+    return GenaiDecoder(folder, **shared)

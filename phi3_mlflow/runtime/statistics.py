@@ -1,0 +1,50 @@
+"""What a scheduler is doing and has done, in numbers. Knows no scheduler."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a scheduler is doing, and has done since it began.
+
+    Attributes:
+        slots: how many answers can be computed at once.
+        running: answers that have a slot.
+        waiting: requests that wait to be begun.
+        capacity: how many tokens the KV cache has room for.
+        held: how many tokens it holds, those kept for later prompts included.
+        computed: tokens of prompts that were computed.
+        cached: tokens of prompts that were in the KV cache already.
+        generated: tokens that were sampled.
+        renewed: tokens of answers that idle time computed again.
+        ended: answers that ended with a reason.
+        failed: answers that ended with an error.
+        alive: whether the scheduler's thread runs and takes requests.
+        step_seconds: for how long the present step of the decoder has been going on; 0 between steps.
+    """
+
+    slots: int
+    running: int
+    waiting: int
+    capacity: int
+    held: int
+    computed: int
+    cached: int
+    generated: int
+    renewed: int
+    ended: int
+    failed: int
+    alive: bool
+    step_seconds: float
+
+
+@dataclass
+class Counts:
+    """What has been done so far; see Statistics."""
+
+    computed: int = 0
+    cached: int = 0
+    generated: int = 0
+    renewed: int = 0
+    ended: int = 0
+    failed: int = 0
