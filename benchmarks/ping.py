@@ -15,7 +15,7 @@ import numpy as np
 import requests
 
 from phi3_mlflow import machine
-from phi3_mlflow.builders import genai
+from phi3_mlflow.builders import onnx
 from phi3_mlflow.serving import served
 
 CLIENTS = 4
@@ -66,7 +66,7 @@ def main() -> None:
     lines = ["| `/ping` under 4 clients | median | p99 | slowest | pings |", "|---|---:|---:|---:|---:|"]
     with tempfile.TemporaryDirectory(dir=asked.folder.parent) as temporary:
         path = Path(temporary) / "model"
-        genai.save_model(path, asked.folder, model_config={"context_length": 2048})
+        onnx.save_model(path, asked.folder, model_config={"context_length": 2048})
         for name, settings in (("genai", {}), ("batched", {"parallel": CLIENTS})):
             # MLflow's way to change a model's settings for one server.
             environment = {"MLFLOW_PYFUNC_INFERENCE_CONFIG": json.dumps(settings)}

@@ -157,11 +157,11 @@ def _log_options(command: Callable[..., None]) -> Callable[..., None]:
 def _log_one(builder: str, **options: Any) -> dict[str, Any]:
     import mlflow
 
-    from phi3_mlflow.builders import genai, pipeline
+    from phi3_mlflow.builders import onnx, transformers
 
     config = _parse_config(options["config"])
     named = {"name": options["name"]} if options["name"] else {}
-    info = (genai if builder == "onnx" else pipeline).log_model(
+    info = (onnx if builder == "onnx" else transformers).log_model(
         options["weights"],
         **named,
         revision=options["revision"] or None,

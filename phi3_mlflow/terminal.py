@@ -22,11 +22,11 @@ def given_or_embedded(model_uri: str | None) -> Iterator[str]:
     if model_uri is not None:
         yield model_uri
         return
-    from phi3_mlflow.builders import genai
+    from phi3_mlflow.builders import onnx
 
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "model"
-        genai.save_model(path)
+        onnx.save_model(path)
         yield str(path)
 
 

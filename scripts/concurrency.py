@@ -15,7 +15,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from phi3_mlflow.builders import genai, pipeline
+from phi3_mlflow.builders import onnx, transformers
 from phi3_mlflow.serving import served
 
 COUNTRIES = ("Spain", "France", "Italy", "Japan", "Germany", "Portugal", "Greece", "Norway")
@@ -28,7 +28,7 @@ def main() -> None:
         show(sys.argv[1], sys.argv[1])
         return
     with tempfile.TemporaryDirectory() as folder:
-        for label, builder in (("transformers", pipeline), ("onnxruntime-genai", genai)):
+        for label, builder in (("transformers", transformers), ("onnxruntime-genai", onnx)):
             model = Path(folder) / label
             builder.save_model(model)
             show(label, str(model))

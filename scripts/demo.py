@@ -22,10 +22,10 @@ def main() -> None:
 
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    from phi3_mlflow.builders import genai, pipeline
+    from phi3_mlflow.builders import onnx, transformers
 
     logged = []
-    for label, builder in (("transformers", pipeline), ("onnxruntime-genai", genai)):
+    for label, builder in (("transformers", transformers), ("onnxruntime-genai", onnx)):
         started = time.monotonic()
         info = builder.log_model()
         say(f"Logged the {label} model as {info.model_uri} in {time.monotonic() - started:.1f} s")

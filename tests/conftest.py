@@ -35,19 +35,19 @@ def tracking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def transformers_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from phi3_mlflow.builders import pipeline
+    from phi3_mlflow.builders import transformers
 
     path = tmp_path_factory.mktemp("models") / "transformers"
-    pipeline.save_model(path)
+    transformers.save_model(path)
     return path
 
 
 @pytest.fixture(scope="session")
 def onnx_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from phi3_mlflow.builders import genai
+    from phi3_mlflow.builders import onnx
 
     path = tmp_path_factory.mktemp("models") / "onnx"
-    genai.save_model(path)
+    onnx.save_model(path)
     return path
 
 

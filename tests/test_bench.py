@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from phi3_mlflow.bench.requests import Requests, subject
-from phi3_mlflow.builders import genai, pipeline
+from phi3_mlflow.builders import onnx, transformers
 from phi3_mlflow.cli import cli
 
 # A prefix of more than the largest chunk that a decoder takes, since only whole chunks are used again.
@@ -38,7 +38,7 @@ def odd_model(tmp_path_factory):
     """One with defaults that are bad for measuring."""
     path = tmp_path_factory.mktemp("odd") / "model"
     config = {"context_length": 256, "queue_limit": 1, "n": 2, "max_time": 0.001, "temperature": 1.0}
-    genai.save_model(path, model_config=config)
+    onnx.save_model(path, model_config=config)
     return path
 
 
@@ -67,7 +67,7 @@ def test_the_numbers_are_those_of_what_was_asked(saved, builder):
 
 @pytest.mark.parametrize("raw", [False, True], ids=["template", "raw"])
 def test_a_completions_model_is_measured_alike(tmp_path, raw):
-    genai.save_model(tmp_path / "model", task="llm/v1/completions", template=not raw)
+    onnx.save_model(tmp_path / "model", task="llm/v1/completions", template=not raw)
 
     result = measured(tmp_path / "model", *SMALL)
 
@@ -77,7 +77,7 @@ def test_a_completions_model_is_measured_alike(tmp_path, raw):
 
 
 def test_a_completions_pipeline_is_measured_alike(tmp_path):
-    pipeline.save_model(tmp_path / "model", task="llm/v1/completions")
+    transformers.save_model(tmp_path / "model", task="llm/v1/completions")
 
     assert measured(tmp_path / "model", *TINY)["concurrency"][0]["completion_tokens"] == 2
 
@@ -116,7 +116,7 @@ def test_the_models_own_defaults_do_not_cut_the_answers(odd_model):
 
 
 def test_answers_that_end_too_early_are_not_passed_off_as_measured(tmp_path):
-    genai.save_model(tmp_path / "model", model_config={"stop": list("0123456789")})
+    onnx.save_model(tmp_path / "model", model_config={"stop": list("0123456789")})
 
     result = bench(tmp_path / "model", *TINY)
 
@@ -251,7 +251,7 @@ def test_a_transformers_model_cannot_take_parallel(saved):
 
 
 def test_a_flat_model_cannot_be_measured(tmp_path):
-    genai.save_model(tmp_path / "model", task="flat")
+    onnx.save_model(tmp_path / "model", task="flat")
 
     result = bench(tmp_path / "model")
 

@@ -20,12 +20,12 @@ import pytest
 from mlflow.models import Model
 
 from phi3_mlflow import runtime
-from phi3_mlflow.builders import common, genai, pipeline
+from phi3_mlflow.builders import common, onnx, transformers
 from phi3_mlflow.runtime import manifest
 from phi3_mlflow.runtime.errors import FormatError, InvalidRequest, WeightsError
 from phi3_mlflow.runtime.signatures import signature
 
-BUILDERS = {"transformers": pipeline, "onnx": genai}
+BUILDERS = {"transformers": transformers, "onnx": onnx}
 WEIGHT_FILES = {"transformers": "model/model.safetensors", "onnx": "artifacts/weights/model.onnx.data"}
 SPAIN = {"messages": [{"role": "user", "content": "What is the capital of Spain?"}]}
 

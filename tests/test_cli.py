@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from mlflow.models import Model
 
-from phi3_mlflow.builders import genai
+from phi3_mlflow.builders import onnx
 from phi3_mlflow.cli import cli
 
 VERBS = [["pull"], ["quantize"], ["log", "transformers"], ["log", "onnx"], ["log", "both"], ["chat"], ["bench"]]
@@ -100,7 +100,7 @@ def test_a_bad_message_is_one_line_and_the_conversation_goes_on(saved):
 
 
 def test_a_conversation_that_fills_the_context_goes_on_without_its_oldest_messages(tmp_path):
-    genai.save_model(tmp_path / "model", model_config={"context_length": 64})
+    onnx.save_model(tmp_path / "model", model_config={"context_length": 64})
 
     result = run("chat", str(tmp_path / "model"), input="What is the capital of Spain?\n" * 6)
 
@@ -120,7 +120,7 @@ def test_chat_takes_every_option_that_the_contract_has(saved):
 
 
 def test_chat_with_a_model_of_another_task_says_so(tmp_path):
-    genai.save_model(tmp_path / "model", task="flat")
+    onnx.save_model(tmp_path / "model", task="flat")
 
     result = run("chat", str(tmp_path / "model"), "-p", "Hello")
 

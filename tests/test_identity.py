@@ -9,7 +9,7 @@ from pathlib import Path
 import mlflow.pyfunc
 import pytest
 
-from phi3_mlflow.builders import genai
+from phi3_mlflow.builders import onnx
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG = "The sky is blue. " * 700  # more tokens than the sliding window's 2047
@@ -18,7 +18,7 @@ LONG = "The sky is blue. " * 700  # more tokens than the sliding window's 2047
 @pytest.fixture(scope="module")
 def exact(fp32_onnx, tmp_path_factory):
     path = tmp_path_factory.mktemp("exact") / "model"
-    genai.save_model(path, fp32_onnx)
+    onnx.save_model(path, fp32_onnx)
     return mlflow.pyfunc.load_model(str(path))
 
 

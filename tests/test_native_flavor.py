@@ -6,7 +6,7 @@ Run: pytest tests/test_native_flavor.py
 import mlflow.transformers
 from mlflow.models import Model
 
-from phi3_mlflow.builders import pipeline
+from phi3_mlflow.builders import transformers
 from phi3_mlflow.runtime.tokens import Tokens
 
 
@@ -30,7 +30,7 @@ def test_the_native_tokenizer_gives_the_same_ids_as_ours(transformers_model):
 def test_a_pipeline_that_is_already_loaded_can_be_saved(transformers_model, tmp_path):
     native = mlflow.transformers.load_model(str(transformers_model))
 
-    pipeline.save_model(tmp_path / "again", native)
+    transformers.save_model(tmp_path / "again", native)
 
     model = Model.load(str(tmp_path / "again"))
     assert model.flavors["python_function"]["loader_module"] == "phi3_mlflow.runtime.model"

@@ -15,12 +15,12 @@ import mlflow.pyfunc
 import pytest
 from mlflow.exceptions import MlflowException
 
-from phi3_mlflow.builders import genai, pipeline
+from phi3_mlflow.builders import onnx, transformers
 from phi3_mlflow.runtime.sampling import Sampler
 from phi3_mlflow.runtime.tokens import Tokens
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILDERS = {"transformers": pipeline, "onnx": genai}
+BUILDERS = {"transformers": transformers, "onnx": onnx}
 QUESTION = "What is the capital of Spain? Answer in a full sentence."
 NO_GUARDS = {"repetition_guard": False, "self_talk_guard": False}
 COLUMNS = ("temperature", "top_p", "top_k", "max_tokens", "stop", "n", "frequency_penalty", "presence_penalty")

@@ -11,10 +11,10 @@ import pytest
 from mlflow.exceptions import MlflowException
 from scoring import App, clean_error, serving_apart, shape
 
-from phi3_mlflow.builders import genai, pipeline
+from phi3_mlflow.builders import onnx, transformers
 from phi3_mlflow.runtime.tokens import Tokens
 
-BUILDERS = {"transformers": pipeline, "onnx": genai}
+BUILDERS = {"transformers": transformers, "onnx": onnx}
 QUESTION = "What is the capital of Spain?"
 OTHER = "What is the opposite of hot?"
 MESSAGES = [{"role": "user", "content": QUESTION}]

@@ -8,9 +8,9 @@ from no_code import NoCodeImage
 
 from phi3_mlflow.azure.check import check, passing
 from phi3_mlflow.azure.model import opened
-from phi3_mlflow.builders import common, genai, pipeline
+from phi3_mlflow.builders import common, onnx, transformers
 
-BUILDERS = {"transformers": pipeline, "onnx": genai}
+BUILDERS = {"transformers": transformers, "onnx": onnx}
 
 
 @pytest.mark.parametrize("builder", BUILDERS)

@@ -109,7 +109,7 @@ def log_model(
     Returns:
         MLflow's description; `model_uri` is what everything else takes.
     """
-    import phi3_mlflow.builders.genai as flavor
+    import phi3_mlflow.builders.onnx as flavor
 
     return common.log(
         flavor,

@@ -112,7 +112,7 @@ def log_model(
     Returns:
         MLflow's description; `model_uri` is what everything else takes.
     """
-    import phi3_mlflow.builders.pipeline as flavor
+    import phi3_mlflow.builders.transformers as flavor
 
     return common.log(
         flavor,
