@@ -18,11 +18,10 @@ from mlflow.models.model import ModelInfo
 
 import phi3_mlflow
 from phi3_mlflow import runtime
-from phi3_mlflow.runtime.chat import Task
+from phi3_mlflow.runtime.chat import TASKS, Task
 from phi3_mlflow.runtime.errors import Phi3Error
 from phi3_mlflow.runtime.options import NAMES
 from phi3_mlflow.runtime.settings import SETTINGS, check_config
-from phi3_mlflow.runtime.signatures import TASKS
 from phi3_mlflow.targets import AZURE_TASK, adapted
 from phi3_mlflow.weights import Weights
 

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .answers import Answer, Piece, TokenLogprob, finish_reason
 from .errors import InvalidRequest, shorten
@@ -12,6 +12,7 @@ from .options import NAMES, RANGES, Options
 from .tokens import ROLES
 
 Task = Literal["llm/v1/chat", "llm/v1/completions", "flat"]
+TASKS: tuple[Task, ...] = get_args(Task)
 Message = dict[str, str]
 
 _CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")

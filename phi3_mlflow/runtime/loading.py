@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import manifest
+from . import FORMAT, manifest
+from .chat import TASKS
 from .decoders.base import CannotBatch, Decoder
 from .service import Service
-from .settings import check_batching, default_options, refuse_batching, settings_of
+from .settings import check_batching, check_config, default_options, refuse_batching, settings_of
 from .tokens import Tokens
 
 if TYPE_CHECKING:
@@ -22,6 +23,22 @@ DEFAULT_QUEUE_LIMIT = 64
 _RENEW_AFTER = 1.0
 
 
+def load(folder: Path, **config: Any) -> Service:
+    """Loads an onnxruntime-genai folder that no model was logged from, so that there is no manifest to check.
+
+    Args:
+        folder: the weights.
+        config: defaults of options, and what `settings` lists.
+
+    Raises:
+        WeightsError: a file is missing or damaged.
+        InvalidRequest: a setting is not allowed.
+    """
+    task = config.get("task", TASKS[0])
+    check_config(task, {name: value for name, value in config.items() if name not in ("task", "name", "template")})
+    return _onnx(folder, {"format": FORMAT, **config})
+
+
 def load_onnx(folder: Path, config: Mapping[str, Any]) -> Service:
     """Checks and loads an onnxruntime-genai folder.
 
@@ -33,9 +50,14 @@ def load_onnx(folder: Path, config: Mapping[str, Any]) -> Service:
         FormatError, WeightsError: this runtime cannot read the model, or a file is missing or damaged.
         InvalidRequest: a setting is not allowed.
     """
+    settings_of(config)  # before gigabytes are hashed
+    manifest.verify(folder)
+    return _onnx(folder, config)
+
+
+def _onnx(folder: Path, config: Mapping[str, Any]) -> Service:
     settings = settings_of(config)
     check_batching(config)
-    manifest.verify(folder)
     return service(Tokens.from_folder(folder), onnx_decoder(folder, settings), settings, config)
 
 

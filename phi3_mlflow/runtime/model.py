@@ -28,9 +28,10 @@ from tqdm.auto import tqdm
 from . import hosting, loading, manifest
 from .answers import Answer
 from .chat import chunk, completion, last_chunk
-from .errors import Busy, InvalidRequest, Picklable, Unavailable, shorten
+from .errors import Busy, FormatError, InvalidRequest, Picklable, Unavailable, shorten
 from .runs import Run
 from .service import Prepared, Service
+from .settings import settings_of
 from .signatures import RESPONSE_FORMAT_OMITTED
 
 _logger = logging.getLogger(__name__)
@@ -268,40 +269,44 @@ def clean(error: Exception, place: str = "") -> CleanError:
 
 
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Predictor:
-    """MLflow's hook for the transformers builder: the model's folder in, what answers `predict` out.
+    """MLflow's hook for the transformers builder: the model's folder in, what answers `predict` out."""
+    return load(Path(path), model_config or {})
+
+
+def load(folder: Path, config: Mapping[str, Any] | None = None) -> Predictor:
+    """Checks and loads a logged model of either builder.
+
+    Args:
+        folder: the model's, with its MLmodel file.
+        config: its model_config, changed as the caller likes; None for the one that was logged.
 
     Raises:
         FormatError, WeightsError: this runtime cannot read the model, or a file is missing or damaged.
         InvalidRequest: a setting is not allowed.
     """
-    folder, config = Path(path), model_config or {}
-    _check_task(folder, config)
-    manifest.verify(folder)
-    import mlflow.transformers
+    try:
+        logged = Model.load(str(folder / "MLmodel"))
+    except (OSError, MlflowException) as error:
+        raise FormatError(f"{folder} is not a logged model: it has no MLmodel file that can be read") from error
+    flavor = logged.flavors.get("python_function", {})
+    metadata = logged.metadata or {}
+    if "format" not in metadata:
+        raise FormatError(f"{folder} was not logged by phi3_mlflow")
+    config = flavor.get("config", {}) if config is None else config
+    if config.get("task") != metadata.get("task"):
+        problem = f"is {shorten(config.get('task'))}, and the model was logged for {metadata.get('task')}"
+        raise InvalidRequest("task", f"{problem}; log it again for another")
+    if "artifacts" in flavor:
+        service = loading.load_onnx(folder / flavor["artifacts"]["weights"]["path"], config)
+    else:
+        settings_of(config)  # before gigabytes are hashed
+        manifest.verify(folder)
+        import mlflow.transformers
 
-    pipeline = mlflow.transformers.load_model(str(folder))
-    return predictor(loading.load_pipeline(folder / "components" / "tokenizer", pipeline, config), config)
-
-
-def load_onnx(weights: Path, config: Mapping[str, Any]) -> Predictor:
-    """The same for the ONNX builder, whose weights lie in `artifacts/weights` of the model's folder."""
-    _check_task(weights.parent.parent, config)
-    return predictor(loading.load_onnx(weights, config), config)
-
-
-def predictor(service: Service, config: Mapping[str, Any]) -> Predictor:
-    """MLflow's two calls over a service."""
+        pipeline = mlflow.transformers.load_model(str(folder))
+        service = loading.load_pipeline(folder / "components" / "tokenizer", pipeline, config)
     hosting.attend(partial(service.close, wait=False))
     return Predictor(service, config.get("on_error") or "raise")
-
-
-def _check_task(folder: Path, config: Mapping[str, Any]) -> None:
-    """The signature was made for the task that was logged: refuses another one that was given at load."""
-    path = folder / "MLmodel"
-    logged = (Model.load(str(path)).metadata or {}).get("task") if path.is_file() else None
-    if logged is not None and config.get("task") != logged:
-        problem = f"is {shorten(config.get('task'))}, and the model was logged for {logged}; log it again for another"
-        raise InvalidRequest("task", problem)
 
 
 def _progress(ended: Iterable[tuple[int, Any]], total: int) -> Iterable[tuple[int, Any]]:

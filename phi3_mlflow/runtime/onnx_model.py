@@ -8,7 +8,7 @@ import mlflow
 import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from phi3_mlflow.runtime.model import load_onnx
+from phi3_mlflow.runtime.model import load
 
 
 class Phi3OnnxModel(PythonModel):
@@ -16,7 +16,8 @@ class Phi3OnnxModel(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Checks and loads the weights that were logged as the artifact `weights`."""
-        self._predictor = load_onnx(Path(context.artifacts["weights"]), context.model_config or {})
+        # They lie in artifacts/weights of the model's folder.
+        self._predictor = load(Path(context.artifacts["weights"]).parent.parent, context.model_config or {})
         # MLflow keeps what `set_model` was given until it loads another model. The weights must not live as long.
         mlflow.models.model.__mlflow_model__ = None
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import FORMAT
+from .chat import TASKS
 from .errors import FormatError, InvalidRequest, shorten
 from .options import NAMES, Flag, OneOf, Options, Range
-from .signatures import TASKS
 from .sizes import Bytes
 
 SETTINGS: dict[str, Range | Bytes | OneOf | Flag] = {

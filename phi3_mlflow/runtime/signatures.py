@@ -13,8 +13,6 @@ from mlflow.types.schema import AnyType, ColSpec, DataType, Map, Object, ParamSc
 
 from .chat import Task
 
-TASKS: tuple[Task, ...] = ("llm/v1/chat", "llm/v1/completions", "flat")
-
 # The default of each parameter is None, so that omitted can be told from given.
 _SCALARS = {
     "temperature": DataType.double,
