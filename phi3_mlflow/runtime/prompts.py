@@ -33,7 +33,7 @@ def encode(tokens: Tokens, request: Request, context_length: int) -> tuple[list[
     starts = _turn_starts(prompt) if drop else [0]
 
     def fits(start: int) -> bool:
-        ids = _encoded(tokens, tuple(_kept(prompt, start)), context_length)
+        ids = _encoded(tokens, _kept(prompt, start), context_length)
         return isinstance(ids, list) and len(ids) + reserve <= context_length
 
     # The later the start, the fewer the tokens; the last start is taken in any case.
@@ -46,7 +46,7 @@ def encode(tokens: Tokens, request: Request, context_length: int) -> tuple[list[
     return ids, len(prompt) - len(kept)
 
 
-def _encoded(tokens: Tokens, prompt: Sequence[Message] | str | list[int], context_length: int) -> "list[int] | str":
+def _encoded(tokens: Tokens, prompt: tuple[Message, ...] | str | list[int], context_length: int) -> list[int] | str:
     """The ids, or in words how many they are where they do not fit."""
     if isinstance(prompt, list):
         ids = _checked(tokens, prompt)
@@ -85,6 +85,6 @@ def _turn_starts(messages: Sequence[Message]) -> list[int]:
     return sorted({0, *turns, last})
 
 
-def _kept(messages: Sequence[Message], start: int) -> list[Message]:
+def _kept(messages: Sequence[Message], start: int) -> tuple[Message, ...]:
     """The messages from a start on, and the system messages before it."""
-    return [message for message in messages[:start] if message["role"] == "system"] + list(messages[start:])
+    return (*(message for message in messages[:start] if message["role"] == "system"), *messages[start:])
