@@ -14,7 +14,7 @@ import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,37 +27,33 @@ import pandas as pd
 from llama_cpp_peer import CONCURRENCIES
 
 from phi3_mlflow import machine
-from phi3_mlflow.runtime.engine import Engine
-from phi3_mlflow.runtime.model import Predictor, _onnx_decoder
+from phi3_mlflow.runtime.decoders.base import Decoder, Part
+from phi3_mlflow.runtime.loading import onnx_decoder
+from phi3_mlflow.runtime.model import Predictor
+from phi3_mlflow.runtime.service import Service
 from phi3_mlflow.runtime.tokens import Tokens
 
 
 class Watched:
-    """A decoder that notes when its calls begin and end.
+    """A decoder that notes when its steps begin and end.
 
     Attributes:
-        calls: (start, end, rows) of each decode, and rows 0 for each prefill, in order.
+        calls: (start, end, rows) of each step that decodes, and rows 0 for each part of a prompt, in order.
     """
 
-    def __init__(self, decoder: Any):
+    def __init__(self, decoder: Decoder):
         self._decoder = decoder
         self.calls: list[tuple[float, float, int]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._decoder, name)
 
-    def prefill(self, slot: int, ids: Sequence[int], *, last: bool) -> np.ndarray | None:
+    def step(self, parts: Mapping[int, Part]) -> Mapping[int, np.ndarray]:
         """See Decoder."""
         start = time.perf_counter()
-        logits = self._decoder.prefill(slot, ids, last=last)
-        self.calls.append((start, time.perf_counter(), 0))
-        return logits
-
-    def decode(self, tokens: Mapping[int, int]) -> Mapping[int, np.ndarray]:
-        """See Decoder."""
-        start = time.perf_counter()
-        logits = self._decoder.decode(tokens)
-        self.calls.append((start, time.perf_counter(), len(tokens)))
+        logits = self._decoder.step(parts)
+        decodes = all(len(part.ids) == part.logits == 1 for part in parts.values())
+        self.calls.append((start, time.perf_counter(), len(parts) if decodes else 0))
         return logits
 
     def rate(self, rows: int) -> float:
@@ -81,10 +77,9 @@ class Bench:
     """
 
     def __init__(self, folder: Path, **settings: Any):
-        self.watched = Watched(_onnx_decoder(folder, settings))
+        self.watched = Watched(onnx_decoder(folder, settings))
         # What idle time computes for the next turn of a conversation would disturb the next measurement.
-        engine = Engine(Tokens.from_folder(folder), self.watched, renew_after=None)
-        self.predictor = Predictor(engine, {})
+        self.predictor = Predictor(Service(Tokens.from_folder(folder), self.watched, renew_after=None))
         self._random = random.Random(0)
         # The answers are as long as they are asked to be.
         self._params = {

@@ -20,10 +20,8 @@ from typing import Any
 import pandas as pd
 
 from phi3_mlflow.machine import resident
-from phi3_mlflow.runtime import model
-from phi3_mlflow.runtime.engine import Engine
-from phi3_mlflow.runtime.model import Predictor, RequestRefused, TryLater, _onnx_decoder
-from phi3_mlflow.runtime.tokens import Tokens
+from phi3_mlflow.runtime import loading, model
+from phi3_mlflow.runtime.model import Predictor, RequestRefused, TryLater
 
 ROOT = Path(__file__).resolve().parent.parent
 GROWTH = 64  # MiB
@@ -46,9 +44,8 @@ class Soak:
     """The clients of one model and what they saw."""
 
     def __init__(self, folder: Path, parallel: int, queue_limit: int):
-        decoder = _onnx_decoder(folder, {"parallel": parallel, "threads": 1})
-        engine = Engine(Tokens.from_folder(folder), decoder, queue_limit=queue_limit, queue_timeout=5.0)
-        self.predictor = Predictor(engine, {})
+        settings = {"parallel": parallel, "threads": 1, "queue_limit": queue_limit, "queue_timeout": 5.0}
+        self.predictor = Predictor(loading.load(folder, **settings))
         self.counts: Counter[str] = Counter()
         self.failures: list[str] = []
         self.answers: dict[tuple[str, int], Counter[str]] = {}
@@ -107,13 +104,13 @@ class Soak:
 
     def slots_taken(self) -> int:
         """Slots that are still taken, and requests that still wait, when all clients are gone."""
-        scheduler = self.predictor._engine._scheduler
         limit = time.monotonic() + 10
-        while (taken := sum(slot.job is not None for slot in scheduler._slots) + len(list(scheduler._waiting))) and (
-            time.monotonic() < limit
-        ):
+        while True:
+            now = self.predictor.service.statistics()
+            taken = now.running + now.waiting
+            if not taken or time.monotonic() >= limit:
+                return taken
             time.sleep(0.05)
-        return taken
 
 
 def main() -> None:

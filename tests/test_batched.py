@@ -16,14 +16,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from phi3_mlflow.runtime import FORMAT, manifest
+from phi3_mlflow.runtime import FORMAT, loading, manifest
 from phi3_mlflow.runtime import model as model_module
+from phi3_mlflow.runtime.decoders.base import Part
 from phi3_mlflow.runtime.decoders.batched import BatchedDecoder, CannotBatch
 from phi3_mlflow.runtime.decoders.genai import GenaiDecoder
 from phi3_mlflow.runtime.errors import InvalidRequest
 from phi3_mlflow.runtime.generation import Generation
 from phi3_mlflow.runtime.jobs import Job
-from phi3_mlflow.runtime.model import TryLater, load_onnx
+from phi3_mlflow.runtime.model import Predictor, TryLater
 from phi3_mlflow.runtime.options import Options
 from phi3_mlflow.runtime.scheduler import Scheduler
 from phi3_mlflow.runtime.settings import check_batching, check_config, refuse_batching
@@ -78,8 +79,24 @@ def batched(together):
 def prefill(decoder, slot, prompt, start=0):
     """The logits behind the prompt."""
     for at in range(start, len(prompt), decoder.chunk):
-        logits = decoder.prefill(slot, prompt[at : at + decoder.chunk], last=at + decoder.chunk >= len(prompt))
-    return logits.copy()
+        logits = decoder.step({slot: Part(prompt[at : at + decoder.chunk], int(at + decoder.chunk >= len(prompt)))})
+    return logits[slot][0].copy()
+
+
+def decode(decoder, tokens):
+    """The logits behind one more token of each slot."""
+    rows = decoder.step({slot: Part([token], 1) for slot, token in tokens.items()})
+    assert all(row.shape[0] == 1 for row in rows.values())
+    return {slot: row[0] for slot, row in rows.items()}
+
+
+def submit(scheduler, *jobs):
+    """Hands jobs over as one request."""
+    scheduler.submit(jobs, lambda error: [job.deliver(error) for job in jobs])
+
+
+def load_onnx(folder, config):
+    return Predictor(loading.load_onnx(folder, config))
 
 
 def greedy(decoder, prompt, count=MOST):
@@ -92,7 +109,7 @@ def greedy(decoder, prompt, count=MOST):
         margins.append(float(best - second))
         if answer[-1] in decoder.eos or len(answer) == count:
             return answer, margins
-        logits = decoder.decode({0: answer[-1]})[0]
+        logits = decode(decoder, {0: answer[-1]})[0]
 
 
 def ids(count, seed):
@@ -174,11 +191,11 @@ def test_answers_of_random_mixes_of_requests_equal_those_of_genai(genai, tokens)
                 for place, job in enumerate(jobs):
                     if arrivals[place] >= 0 and (steps[0] >= arrivals[place] or ended):
                         arrivals[place] = -1
-                        scheduler.submit(job)
+                        submit(scheduler, job)
 
             jobs += [Job(answer, deliver) for answer in answers]
             arrivals[0] = -1
-            scheduler.submit(jobs[0])
+            submit(scheduler, jobs[0])
             for _ in jobs:
                 event = ends.get(timeout=PATIENCE)
                 assert not isinstance(event, Exception), event
@@ -201,7 +218,7 @@ def test_rows_of_different_lengths_decode_together_also_behind_the_sliding_windo
     logits = [prefill(batched, slot, prompt) for slot, prompt in enumerate(prompts)]
     answers = [[int(row.argmax())] for row in logits]
     for _ in range(23):
-        rows = batched.decode({slot: answer[-1] for slot, answer in enumerate(answers)})
+        rows = decode(batched, {slot: answer[-1] for slot, answer in enumerate(answers)})
         for slot, row in rows.items():
             answers[slot].append(int(row.argmax()))
     differences = Differences()
@@ -218,21 +235,21 @@ def test_any_rows_decode_together_and_the_others_keep_what_they_hold(batched):
         prefill(batched, slot, sequence)
     for step in range(12):
         chosen = rng.sample(range(4), rng.randint(1, 4))
-        rows = batched.decode(dict.fromkeys(chosen, 100 + step))
+        rows = decode(batched, dict.fromkeys(chosen, 100 + step))
         assert sorted(rows) == sorted(chosen)
         for slot in chosen:
             sequences[slot].append(100 + step)
     for slot, sequence in sequences.items():
-        held = batched.decode({slot: 50})[slot].copy()
+        held = decode(batched, {slot: 50})[slot].copy()
         batched.rewind(slot, 0)
         prefill(batched, slot, sequence)
-        np.testing.assert_allclose(batched.decode({slot: 50})[slot], held, atol=0.2)
+        np.testing.assert_allclose(decode(batched, {slot: 50})[slot], held, atol=0.2)
 
 
 def test_rewinding_gives_what_a_fresh_run_gives(batched):
     prompt = ids(100, 0)
     expected = prefill(batched, 0, prompt)
-    batched.decode({0: 7})
+    decode(batched, {0: 7})
     for length in (96, 64, 32, 0):
         batched.rewind(0, length)
         np.testing.assert_array_equal(prefill(batched, 0, prompt, length), expected)
@@ -245,9 +262,9 @@ def test_a_copied_prefix_gives_what_a_fresh_run_gives(batched):
     for length in (32, 64, 96):
         batched.copy(2, 1, length)
         np.testing.assert_array_equal(prefill(batched, 1, prompt, length), expected)
-    batched.decode({2: 7})
+    decode(batched, {2: 7})
     batched.rewind(2, 100)
-    batched.decode({1: 7, 2: 7})
+    decode(batched, {1: 7, 2: 7})
 
 
 def test_a_request_with_a_known_prefix_starts_from_a_copy_while_the_first_one_runs(genai, tokens):
@@ -258,7 +275,7 @@ def test_a_request_with_a_known_prefix_starts_from_a_copy_while_the_first_one_ru
     try:
         answers = [Recorded(prompt, tokens, decoder.eos) for prompt in prompts]
         jobs = [Job(answer, lambda step: step.reason and ends.put(step)) for answer in answers]
-        scheduler.submit(*jobs)
+        submit(scheduler, *jobs)
         for _ in jobs:
             ends.get(timeout=PATIENCE)
     finally:
@@ -341,7 +358,7 @@ def test_a_model_that_cannot_batch_falls_back_to_genai_and_says_why(folder, capl
     predictor = load_onnx(folder, {"format": FORMAT, "parallel": 4, "threads": 1})
     assert "`parallel` has no effect" in caplog.text
     assert "inter_op_num_threads" in caplog.text
-    assert isinstance(predictor._engine._scheduler._decoder, GenaiDecoder)
+    assert isinstance(predictor.service._scheduler._decoder, GenaiDecoder)
     (answer,) = predictor.predict(capital("Spain"))
     assert "Madrid" in answer["choices"][0]["message"]["content"]
     predictor.close()
@@ -362,7 +379,7 @@ def test_threads_and_rows_get_their_own_answers_from_a_parallel_model(folder):
     expected = {country: contents(alone, country)[0] for country in countries}
     alone.close()
     predictor = load_onnx(folder, {"format": FORMAT, "parallel": 3, "kv_budget": "64MiB", "threads": 1})
-    assert predictor._engine._scheduler._decoder.capacity == 2**26 // TOKEN_BYTES
+    assert predictor.service.statistics().capacity == 2**26 // TOKEN_BYTES
     found = {}
     threads = [
         threading.Thread(target=lambda country=country: found.update({country: contents(predictor, country)[0]}))
@@ -398,7 +415,7 @@ def test_batching_is_refused_where_it_cannot_be():
 
 def test_more_requests_than_may_wait_are_told_to_come_back(folder):
     predictor = load_onnx(folder, {"format": FORMAT, "threads": 1, "queue_limit": 2})
-    scheduler = predictor._engine._scheduler
+    scheduler = predictor.service._scheduler
     entered, leave = threading.Event(), threading.Event()
 
     def hold(step):
@@ -406,18 +423,18 @@ def test_more_requests_than_may_wait_are_told_to_come_back(folder):
         leave.wait(PATIENCE)
 
     def job(deliver=lambda step: None, tokens=1):
-        return Job(Recorded([5, 6], predictor._engine.tokens, frozenset(), tokens), deliver)
+        return Job(Recorded([5, 6], predictor.service.tokens, frozenset(), tokens), deliver)
 
-    scheduler.submit(job(hold, 2))
+    submit(scheduler, job(hold, 2))
     assert entered.wait(PATIENCE)
-    scheduler.submit(job(), job(), job())  # one request of three answers
-    scheduler.submit(job())
+    submit(scheduler, job(), job(), job())  # one request of three answers
+    submit(scheduler, job())
     with pytest.raises(TryLater, match=r"2 requests are waiting; try again in \d+ second") as refused:
         predictor.predict(capital("Spain"))
     assert refused.value.get_http_status_code() == 429
     assert json.loads(refused.value.serialize_as_json())["error_code"] == "RESOURCE_EXHAUSTED"
     with pytest.raises(TryLater):
-        next(predictor.predict_stream(capital("Spain")))
+        predictor.predict_stream(capital("Spain"))
     leave.set()
     while True:  # until the queue is empty
         try:
@@ -453,7 +470,7 @@ def test_the_next_turn_of_a_conversation_begins_with_the_last_answer(folder, par
         predictor = load_onnx(folder, {**config, "prefix_reuse": reuse})
         first = ask(predictor, turns)
         limit = time.monotonic() + PATIENCE
-        while predictor._engine._scheduler._renewable() and reuse == "exact":
+        while predictor.service._scheduler._prefixes.renewable() and reuse == "exact":
             assert time.monotonic() < limit
             time.sleep(0.05)
         second = [*turns, first["choices"][0]["message"], {"role": "user", "content": "Go on."}]

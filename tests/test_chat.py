@@ -6,18 +6,8 @@ import math
 import openai.types.chat
 import pytest
 
-from phi3_mlflow.runtime.chat import (
-    Answer,
-    Choice,
-    Piece,
-    TokenLogprob,
-    chunk,
-    completion,
-    last_chunk,
-    parse_chat,
-    parse_completion,
-    parse_flat,
-)
+from phi3_mlflow.runtime.answers import Answer, Choice, Piece, TokenLogprob
+from phi3_mlflow.runtime.chat import chunk, completion, last_chunk, parse_chat, parse_completion, parse_flat
 from phi3_mlflow.runtime.errors import InvalidRequest
 from phi3_mlflow.runtime.options import Options
 
@@ -236,9 +226,9 @@ def test_chunks_open_with_the_role_and_the_last_one_carries_the_usage():
     }
     second = chunk(ANSWER, "llm/v1/chat", "phi3", Piece(1, "rid", None, None), first=False)
     assert second["choices"] == [{"index": 1, "delta": {"content": "rid"}, "finish_reason": None}]
-    ends = last_chunk(ANSWER, "llm/v1/chat", "phi3", Piece(0, "", "eos", None), whole=False)
+    ends = last_chunk(ANSWER, "llm/v1/chat", "phi3", Piece(0, "", "eos", None))
     assert ends == {**head, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
-    whole = last_chunk(ANSWER, "llm/v1/chat", "phi3", Piece(1, "", "max_tokens", None), whole=True)
+    whole = last_chunk(ANSWER, "llm/v1/chat", "phi3", Piece(1, "", "max_tokens", None, last=True))
     assert whole == {
         **head,
         "choices": [{"index": 1, "delta": {}, "finish_reason": "length"}],
@@ -253,7 +243,7 @@ def test_chunks_of_a_text_completion_carry_text():
         "text_completion",
         [{"index": 0, "text": "Mad", "finish_reason": None}],
     )
-    body = last_chunk(ANSWER, "llm/v1/completions", "phi3", Piece(0, "", "eos", None), whole=True)
+    body = last_chunk(ANSWER, "llm/v1/completions", "phi3", Piece(0, "", "eos", None, last=True))
     assert body["choices"] == [{"index": 0, "text": "", "finish_reason": "stop"}]
     assert body["usage"]["total_tokens"] == 12
 
@@ -340,7 +330,7 @@ def test_chunks_are_what_mlflow_and_openai_read():
 
     for body in (
         chunk(ANSWER, "llm/v1/chat", "phi3", Piece(0, "Mad", None, None), first=True),
-        last_chunk(ANSWER, "llm/v1/chat", "phi3", Piece(1, "", "eos", None), whole=True),
+        last_chunk(ANSWER, "llm/v1/chat", "phi3", Piece(1, "", "eos", None, last=True)),
     ):
         read = ChatCompletionChunk.from_dict(body)
         assert read.choices[0].finish_reason == body["choices"][0]["finish_reason"]

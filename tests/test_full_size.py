@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from phi3_mlflow.runtime import manifest
+from phi3_mlflow.runtime.decoders.base import Part
 from phi3_mlflow.runtime.decoders.batched import BatchedDecoder
 from phi3_mlflow.runtime.decoders.genai import GenaiDecoder
 
@@ -23,7 +24,7 @@ def test_a_folder_of_another_shape_runs_alike_in_both_decoders(tmp_path):
     logits = []
     for decoder in (BatchedDecoder(folder, slots=2, threads=1), GenaiDecoder(folder, threads=1)):
         assert decoder.context_length == 512
-        logits.append(decoder.prefill(0, prompt, last=True).copy())
+        logits.append(decoder.step({0: Part(prompt, 1)})[0][0].copy())
         decoder.close()
     assert logits[0].shape == (2560,)
     assert np.std(logits[0]) > 0.1

@@ -1,4 +1,4 @@
-"""Run with: python -m pytest tests/test_engine.py"""
+"""Run with: python -m pytest tests/test_service.py"""
 
 import itertools
 import math
@@ -8,12 +8,14 @@ import threading
 import pytest
 from fakes import IDS, TOKENS, VOCAB_SIZE, FakeDecoder, spell
 
-from phi3_mlflow.runtime import engine as engine_module
-from phi3_mlflow.runtime.chat import Piece, Request
-from phi3_mlflow.runtime.engine import DEFAULT_MAX_TOKENS, Engine
-from phi3_mlflow.runtime.errors import Busy, InvalidRequest, WeightsError
-from phi3_mlflow.runtime.model import OutOfTime, RequestRefused, TryLater
+from phi3_mlflow.runtime import service as service_module
+from phi3_mlflow.runtime.answers import Piece
+from phi3_mlflow.runtime.chat import Request
+from phi3_mlflow.runtime.errors import Busy, InvalidRequest, Unavailable, WeightsError
+from phi3_mlflow.runtime.model import AnswerFailed, ModelUnavailable, OutOfTime, RequestRefused, TryLater
 from phi3_mlflow.runtime.options import Options
+from phi3_mlflow.runtime.prompts import DEFAULT_MAX_TOKENS
+from phi3_mlflow.runtime.service import Service
 
 LETTERS = spell("abcdefghijklmnopqrstuvwxyz")
 ENDLESS = LETTERS[1:] * 400
@@ -21,16 +23,16 @@ ENDLESS = LETTERS[1:] * 400
 
 @pytest.fixture
 def load():
-    """Makes engines on a fake decoder, and closes them after the test."""
+    """Makes services over a fake decoder, and closes them after the test."""
     loaded = []
 
     def make(script=None, **values):
-        loaded.append(Engine(TOKENS, FakeDecoder(script, **values)))
+        loaded.append(Service(TOKENS, FakeDecoder(script, **values)))
         return loaded[-1]
 
     yield make
-    for engine in loaded:
-        engine.close()
+    for service in loaded:
+        service.close()
 
 
 def says(text):
@@ -53,43 +55,43 @@ def length(*contents):
     return len(TOKENS.encode_chat(chat(*contents).prompt))
 
 
-def answer(engine, request):
-    return engine.start(engine.prepare(request)).wait()
+def answer(service, request):
+    return service.run(service.prepare(request)).wait()
 
 
 def test_a_request_is_answered_with_both_counts(load):
-    engine = load(says("madrid"))
-    given = answer(engine, chat("the capital of spain"))
+    service = load(says("madrid"))
+    given = answer(service, chat("the capital of spain"))
     assert [(c.text, c.reason, c.tokens) for c in given.choices] == [("madrid", "eos", 2)]
     assert given.prompt_tokens == length("the capital of spain")
     assert given.dropped == 0
 
 
 def test_an_answer_comes_in_pieces_that_make_up_the_whole(load):
-    engine = load(says("hello world yes"))
-    run = engine.start(engine.prepare(chat("hello")))
+    service = load(says("hello world yes"))
+    run = service.run(service.prepare(chat("hello")))
     pieces = list(run)
     assert [piece.text for piece in pieces] == ["hello", " world", " yes", ""]
-    assert pieces[-1] == Piece(0, "", "eos", None)
+    assert pieces[-1] == Piece(0, "", "eos", None, last=True)
     assert run.answer.choices[0].text == "hello world yes"
 
 
 def test_each_token_of_an_answer_has_its_log_probability_and_the_likeliest_ones_beside_it(load):
-    engine = load(says("hello world yes"))
-    whole = answer(engine, chat("one", logprobs=True, top_logprobs=2)).choices[0]
+    service = load(says("hello world yes"))
+    whole = answer(service, chat("one", logprobs=True, top_logprobs=2)).choices[0]
     assert [(told.start, told.token) for told in whole.logprobs] == [(0, b" hello"), (5, b" world"), (11, b" yes")]
     for told in whole.logprobs:
         # The fake's logits: 10 for the token it says, -10 for all others.
         assert told.logprob == pytest.approx(-math.log1p((VOCAB_SIZE - 1) * math.exp(-20)))
         assert told.top[0] == (told.token, told.logprob)
         assert told.top[1] == (b"<unk>", pytest.approx(told.logprob - 20))
-    assert answer(engine, chat("one")).choices[0].logprobs is None
-    assert [told.top for told in answer(engine, chat("one", logprobs=True)).choices[0].logprobs] == [(), (), ()]
+    assert answer(service, chat("one")).choices[0].logprobs is None
+    assert [told.top for told in answer(service, chat("one", logprobs=True)).choices[0].logprobs] == [(), (), ()]
 
 
 def test_pieces_carry_the_log_probabilities_of_the_tokens_whose_text_they_begin(load):
-    engine = load(says("yes hello, é"))
-    run = engine.start(engine.prepare(chat("one", logprobs=True, stop=("lo!",))))
+    service = load(says("yes hello, é"))
+    run = service.run(service.prepare(chat("one", logprobs=True, stop=("lo!",))))
     pieces = [piece for piece in run if piece.text]
     assert b"".join(told.token for piece in pieces for told in piece.logprobs) == " yes hello, é".encode()
     shown = 0
@@ -100,24 +102,45 @@ def test_pieces_carry_the_log_probabilities_of_the_tokens_whose_text_they_begin(
 
 
 def test_tokens_of_a_stop_sequence_have_no_log_probability_in_the_answer(load):
-    engine = load(says("hello world yes"))
-    choice = answer(engine, chat("one", logprobs=True, stop=("ld y",))).choices[0]
+    service = load(says("hello world yes"))
+    choice = answer(service, chat("one", logprobs=True, stop=("ld y",))).choices[0]
     assert (choice.text, choice.tokens) == ("hello wor", 3)
     assert [told.token for told in choice.logprobs] == [b" hello", b" world"]
 
 
 def test_rows_are_answered_together_and_each_is_named_when_it_has_ended(load):
-    engine = load(lambda prompt: [token for token in prompt if token in LETTERS[1:]], slots=2)
-    runs = [engine.prepare(chat(letter * (7 - at), max_tokens=20)) for at, letter in enumerate("abcdef")]
-    ended = list(engine.start_all(runs))
+    service = load(lambda prompt: [token for token in prompt if token in LETTERS[1:]], slots=2)
+    rows = [service.prepare(chat(letter * (7 - at), max_tokens=20)) for at, letter in enumerate("abcdef")]
+    ended = dict(service.run_table(rows))
     assert sorted(ended) == list(range(6))
-    assert [run.wait().choices[0].text for run in runs] == ["a" * 7, "b" * 6, "c" * 5, "d" * 4, "e" * 3, "f" * 2]
-    assert list(engine.start_all([])) == []
+    texts = [ended[row].choices[0].text for row in range(6)]
+    assert texts == ["a" * 7, "b" * 6, "c" * 5, "d" * 4, "e" * 3, "f" * 2]
+    assert list(service.run_table([])) == []
+
+
+def test_rows_that_begin_alike_follow_each_other_in_the_only_slot(load):
+    service = load(says(""))
+    documents = ["abcdefgh", "ijklmnop"]
+    rows = [service.prepare(Request([*spell(documents[at % 2]), 5 + at], Options(), "prompt")) for at in range(8)]
+    answers = dict(service.run_table(rows))
+    assert sorted(answers[row].cached_tokens for row in range(8)) == [0] * 2 + [8] * 6
+
+
+def test_with_several_slots_the_longest_rows_come_first(load, monkeypatch):
+    service, begun = load(says(""), slots=2, chunk=16), []
+    make = service._run
+    monkeypatch.setattr(
+        service, "_run", lambda row, *rest, **more: begun.append(len(row.ids)) or make(row, *rest, **more)
+    )
+    options = Options(max_tokens=6)
+    rows = [service.prepare(Request(LETTERS[:length], options, "prompt")) for length in (3, 9, 1, 7)]
+    assert len(list(service.run_table(rows))) == 4
+    assert begun == [9, 7, 3, 1]
 
 
 def test_a_raw_prompt_goes_without_template_and_keeps_the_leading_space(load):
-    engine = load(says("hello"))
-    given = answer(engine, Request("the capital", Options(), "prompt"))
+    service = load(says("hello"))
+    given = answer(service, Request("the capital", Options(), "prompt"))
     assert given.prompt_tokens == len(TOKENS.encode_text("the capital"))
     assert given.choices[0].text == " hello"
 
@@ -132,109 +155,109 @@ def test_max_tokens_default_to_what_the_context_leaves_at_most_512(load):
 
 def test_max_tokens_that_the_context_cannot_hold_end_with_the_context(load):
     room = 64 - length("one")
-    engine = load(lambda prompt: ENDLESS, context_length=64)
+    service = load(lambda prompt: ENDLESS, context_length=64)
     for wanted, reason in ((1, "max_tokens"), (room, "max_tokens"), (room + 1, "context"), (10**30, "context")):
-        choice = answer(engine, chat("one", max_tokens=wanted)).choices[0]
+        choice = answer(service, chat("one", max_tokens=wanted)).choices[0]
         assert (choice.reason, choice.tokens) == (reason, min(wanted, room))
 
 
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused_with_both_counts(load):
-    engine = load(says("yes"), context_length=64)
+    service = load(says("yes"), context_length=64)
     most = next(n for n in range(64) if length("a" * n) == 63)
-    assert answer(engine, chat("a" * most)).choices[0].tokens == 1
+    assert answer(service, chat("a" * most)).choices[0].tokens == 1
     for many in (1, 30):
         with pytest.raises(InvalidRequest) as caught:
-            engine.prepare(chat("a" * (most + many)))
+            service.prepare(chat("a" * (most + many)))
         assert caught.value.field == "messages"
         assert f" {63 + many} tokens" in str(caught.value)
         assert "the context holds 64" in str(caught.value)
     with pytest.raises(InvalidRequest, match=r"`prompt` is 64 tokens long .* the context holds 64 .*; shorten it"):
-        engine.prepare(Request("a" * (64 - 2), Options(), "prompt"))
+        service.prepare(Request("a" * (64 - 2), Options(), "prompt"))
     with pytest.raises(InvalidRequest, match=r'64 tokens long .* or set `context_overflow` to "drop_oldest"'):
-        engine.prepare(chat("a" * 20, "b" * 20, "c" * (64 - length("a" * 20, "b" * 20, ""))))
+        service.prepare(chat("a" * 20, "b" * 20, "c" * (64 - length("a" * 20, "b" * 20, ""))))
 
 
 def test_megabytes_are_refused_without_being_encoded(load, monkeypatch):
-    engine = load(says("yes"))
-    monkeypatch.setattr(engine.tokens, "encode_chat", lambda messages: pytest.fail("encoded"))
-    monkeypatch.setattr(engine.tokens, "encode_text", lambda prompt: pytest.fail("encoded"))
+    service = load(says("yes"))
+    monkeypatch.setattr(service.tokens, "encode_chat", lambda messages: pytest.fail("encoded"))
+    monkeypatch.setattr(service.tokens, "encode_text", lambda prompt: pytest.fail("encoded"))
     text = "hello world " * 500_000
     for request in (chat(text), chat("a", "b", text), Request(text, Options(), "prompt"), chat(*["a"] * 99_999)):
         with pytest.raises(InvalidRequest, match=r"at least \d+ tokens long .* the context holds 64") as caught:
-            engine.prepare(request)
+            service.prepare(request)
         assert len(str(caught.value)) < 300
         if request.prompt is text:
             assert f"at least {len(text) // TOKENS.longest_piece} tokens" in str(caught.value)
 
 
-def seen(engine, request):
+def seen(service, request):
     """The prompt that a request was given to the model with, and how many messages were dropped."""
     prompts = []
-    engine._scheduler._decoder._script = lambda prompt: prompts.append(prompt) or []
-    given = answer(engine, request)
+    service._scheduler._decoder._script = lambda prompt: prompts.append(prompt) or []
+    given = answer(service, request)
     assert given.prompt_tokens == len(prompts[0])
     return prompts[0], given.dropped
 
 
 def test_drop_oldest_drops_turns_until_the_rest_fits_with_room_for_the_answer(load):
-    engine = load(says(""), context_length=64)
+    service = load(says(""), context_length=64)
     contents = ["system:two", "a" * 20, "b" * 20, "c" * 12, "d" * 3, "one"]
     options = {"context_overflow": "drop_oldest", "max_tokens": 8}
     assert length(*contents) > 64
-    assert seen(engine, chat(*contents, **options)) == (
+    assert seen(service, chat(*contents, **options)) == (
         TOKENS.encode_chat(chat("system:two", "c" * 12, "d" * 3, "one").prompt), 2,
     )  # fmt: skip
     # The room for the answer counts: all that fits without it need not fit with it.
     small = ["system:two", "a" * 12, "b" * 3, "one"]
     room = 64 - length(*small)
-    assert seen(engine, chat(*small, context_overflow="drop_oldest", max_tokens=room))[1] == 0
-    assert seen(engine, chat(*small, context_overflow="drop_oldest", max_tokens=room + 1))[1] == 2
+    assert seen(service, chat(*small, context_overflow="drop_oldest", max_tokens=room))[1] == 0
+    assert seen(service, chat(*small, context_overflow="drop_oldest", max_tokens=room + 1))[1] == 2
     # At most half of the context is kept free for the answer.
-    assert seen(engine, chat(*small, context_overflow="drop_oldest", max_tokens=1000))[1] == 2
-    assert seen(engine, chat("a" * 20, **options))[1] == 0
+    assert seen(service, chat(*small, context_overflow="drop_oldest", max_tokens=1000))[1] == 2
+    assert seen(service, chat("a" * 20, **options))[1] == 0
 
 
 def test_drop_oldest_never_drops_a_system_message_or_the_last_message(load):
-    engine = load(says(""), context_length=64)
+    service = load(says(""), context_length=64)
     messages = chat("a" * 20, "b" * 10, "system:two", "c" * 10, "d" * 10, "one").prompt
     options = Options(context_overflow="drop_oldest", max_tokens=20)
-    ids, dropped = seen(engine, Request(messages, options))
+    ids, dropped = seen(service, Request(messages, options))
     kept = [message for message in messages if message["role"] == "system" or message["content"] == "one"]
     assert dropped == 4
     assert ids == TOKENS.encode_chat(kept)
     for contents in (["system:" + "s" * 70, "one"], ["system:two", "a", "b", "c" * 70], ["a", "b", "c" * 70]):
         with pytest.raises(InvalidRequest, match=r"`messages` are .*\d tokens long .* holds 64 .* no older turn"):
-            engine.prepare(chat(*contents, context_overflow="drop_oldest"))
+            service.prepare(chat(*contents, context_overflow="drop_oldest"))
 
 
 def test_drop_oldest_on_megabytes_of_turns_encodes_a_few_times_only(load, monkeypatch):
-    engine = load(says(""), context_length=64)
+    service = load(says(""), context_length=64)
     encoded = []
-    encode = engine.tokens.encode_chat
-    monkeypatch.setattr(engine.tokens, "encode_chat", lambda messages: encoded.append(messages) or encode(messages))
+    encode = service.tokens.encode_chat
+    monkeypatch.setattr(service.tokens, "encode_chat", lambda messages: encoded.append(messages) or encode(messages))
     contents = ["hello world " * 100] * 4000 + ["one", "two", "one"]
-    ids, dropped = seen(engine, chat("system:yes", *contents, context_overflow="drop_oldest", max_tokens=4))
+    ids, dropped = seen(service, chat("system:yes", *contents, context_overflow="drop_oldest", max_tokens=4))
     assert ids == encode(chat("system:yes", "one", "two", "one").prompt)
     assert dropped == 4000
     assert len(encoded) < 15
 
 
 def test_choices_differ_and_repeat_as_a_whole_with_a_seed(load):
-    engine = load(context_length=64)
+    service = load(context_length=64)
     request = chat("hello", n=3, seed=5, temperature=1.0, max_tokens=20)
-    first, second = answer(engine, request), answer(engine, request)
+    first, second = answer(service, request), answer(service, request)
     texts = [choice.text for choice in first.choices]
     assert len(set(texts)) == 3
     assert texts == [choice.text for choice in second.choices]
-    assert texts[0] == answer(engine, chat("hello", seed=5, temperature=1.0, max_tokens=20)).choices[0].text
-    other = answer(engine, chat("hello", n=3, seed=6, temperature=1.0, max_tokens=20))
+    assert texts[0] == answer(service, chat("hello", seed=5, temperature=1.0, max_tokens=20)).choices[0].text
+    other = answer(service, chat("hello", n=3, seed=6, temperature=1.0, max_tokens=20))
     assert texts != [choice.text for choice in other.choices]
     assert first.prompt_tokens == length("hello")
 
 
 def test_each_choice_streams_under_its_own_number(load):
-    engine = load(slots=2)
-    run = engine.start(engine.prepare(chat("hello", n=4, seed=1, temperature=1.0, max_tokens=9)))
+    service = load(slots=2)
+    run = service.run(service.prepare(chat("hello", n=4, seed=1, temperature=1.0, max_tokens=9)))
     pieces = list(run)
     for index, choice in enumerate(run.answer.choices):
         own = [piece for piece in pieces if piece.choice == index]
@@ -244,71 +267,71 @@ def test_each_choice_streams_under_its_own_number(load):
 
 
 def test_max_time_ends_the_answer_with_what_there_is(load):
-    engine = load(lambda prompt: ENDLESS)
-    choice = answer(engine, chat("one", max_time=5e-324)).choices[0]
+    service = load(lambda prompt: ENDLESS)
+    choice = answer(service, chat("one", max_time=5e-324)).choices[0]
     assert (choice.text, choice.reason, choice.tokens) == ("", "max_time", 0)
 
 
 def test_the_earlier_of_max_time_and_deadline_holds(load, monkeypatch):
-    engine = load(says("yes"))
-    monkeypatch.setattr(engine_module.time, "monotonic", lambda: 100.0)
+    service = load(says("yes"))
+    monkeypatch.setattr(service_module.time, "monotonic", lambda: 100.0)
     cases = [(None, None, None), (5, None, 105), (5, 103, 103), (5, 200, 105), (None, 7, 7)]
     for max_time, deadline, expected in cases:
-        run = engine.prepare(chat("one", n=2, max_time=max_time), deadline)
+        run = service.run(service.prepare(chat("one", n=2, max_time=max_time)), deadline=deadline)
         assert [job.deadline for job in run.jobs] == [expected] * 2
 
 
 def test_logit_bias_acts_on_the_answer_and_is_checked_against_the_vocabulary(load):
-    engine = load(says("hello world"))
-    choice = answer(engine, chat("one", logit_bias={IDS["<|end|>"]: 100.0})).choices[0]
+    service = load(says("hello world"))
+    choice = answer(service, chat("one", logit_bias={IDS["<|end|>"]: 100.0})).choices[0]
     assert (choice.text, choice.tokens) == ("", 1)
-    engine.prepare(chat("one", logit_bias={VOCAB_SIZE - 1: 1.0}))
+    service.prepare(chat("one", logit_bias={VOCAB_SIZE - 1: 1.0}))
     with pytest.raises(InvalidRequest, match=f"token ids are below {VOCAB_SIZE}") as caught:
-        engine.prepare(chat("one", logit_bias={VOCAB_SIZE: 1.0}))
+        service.prepare(chat("one", logit_bias={VOCAB_SIZE: 1.0}))
     assert caught.value.field == f"logit_bias[{VOCAB_SIZE}]"
 
 
 def test_stop_sequences_and_guards_end_answers_and_have_switches(load):
     talk = "yes\nUser: no"
-    engine = load(says(talk))
-    assert answer(engine, chat("one", stop=("s\n",))).choices[0].reason == "stop_sequence"
-    spoken = answer(engine, chat("one")).choices[0]
+    service = load(says(talk))
+    assert answer(service, chat("one", stop=("s\n",))).choices[0].reason == "stop_sequence"
+    spoken = answer(service, chat("one")).choices[0]
     assert (spoken.text, spoken.reason) == ("yes", "self_talk")
-    assert answer(engine, chat("one", self_talk_guard=False)).choices[0].text == talk
+    assert answer(service, chat("one", self_talk_guard=False)).choices[0].text == talk
     loops = load(says("yes no " * 200), context_length=2048)
     assert answer(loops, chat("one")).choices[0].reason == "repetition"
     assert answer(loops, chat("one", repetition_guard=False)).choices[0].reason == "eos"
 
 
 def test_the_guards_know_what_the_last_message_asked_for(load):
-    engine = load(says("yes\nUser: no"))
-    assert answer(engine, chat("Write a dialogue")).choices[0].reason == "eos"
-    assert answer(engine, Request("Write a dialogue", Options())).choices[0].reason == "eos"
-    assert answer(engine, chat("Write a dialogue", "no", "one")).choices[0].reason == "self_talk"
+    service = load(says("yes\nUser: no"))
+    assert answer(service, chat("Write a dialogue")).choices[0].reason == "eos"
+    assert answer(service, Request("Write a dialogue", Options())).choices[0].reason == "eos"
+    assert answer(service, chat("Write a dialogue", "no", "one")).choices[0].reason == "self_talk"
 
 
 def test_a_response_format_holds_the_answer_to_it_and_switches_the_guards_off(load):
-    engine = load(says("hello"), context_length=2048)
+    service = load(says("hello"), context_length=2048)
     regex = r"yes\nUser: no"
     for n in (1, 2):
-        given = answer(engine, chat("one", n=n, response_format={"type": "regex", "regex": regex}))
+        given = answer(service, chat("one", n=n, response_format={"type": "regex", "regex": regex}))
         assert [(choice.text, choice.reason) for choice in given.choices] == [("yes\nUser: no", "eos")] * n
     long = {"type": "regex", "regex": "(yes no ){100}"}
-    assert answer(engine, chat("one", response_format=long, max_tokens=1000)).choices[0].text == "yes no " * 100
+    assert answer(service, chat("one", response_format=long, max_tokens=1000)).choices[0].text == "yes no " * 100
     with pytest.raises(InvalidRequest, match="response_format"):
-        engine.prepare(chat("one", response_format={"type": "xml"}))
+        service.prepare(chat("one", response_format={"type": "xml"}))
 
 
 def test_closing_a_stream_early_frees_its_slot(load):
-    engine = load(lambda prompt: ENDLESS, context_length=100_000)
-    run = engine.start(engine.prepare(chat("one", max_tokens=90_000, n=2, repetition_guard=False)))
+    service = load(lambda prompt: ENDLESS, context_length=100_000)
+    run = service.run(service.prepare(chat("one", max_tokens=90_000, n=2, repetition_guard=False)))
     stream = iter(run)
     assert next(stream).reason is None
     stream.close()
     assert [job.ending() for job in run.jobs] == ["cancelled"] * 2
-    assert answer(engine, chat("two", max_tokens=3)).choices[0].reason == "max_tokens"
-    assert engine._scheduler._decoder.count("decode") < 90_000
-    assert all(slot.job is None for slot in engine._scheduler._slots)
+    assert answer(service, chat("two", max_tokens=3)).choices[0].reason == "max_tokens"
+    assert service._scheduler._decoder.count("decode") < 90_000
+    assert all(slot.job is None for slot in service._scheduler._slots)
 
 
 def test_what_the_decoder_raises_reaches_the_caller_and_the_next_request_works(load):
@@ -319,20 +342,20 @@ def test_what_the_decoder_raises_reaches_the_caller_and_the_next_request_works(l
             failing.clear()
             raise MemoryError("out of memory")
 
-    engine = load(says("yes"), on_call=on_call)
+    service = load(says("yes"), on_call=on_call)
     with pytest.raises(MemoryError):
-        answer(engine, chat("one", n=2))
-    assert answer(engine, chat("one")).choices[0].text == "yes"
+        answer(service, chat("one", n=2))
+    assert answer(service, chat("one")).choices[0].text == "yes"
 
 
-def test_threads_share_an_engine(load):
-    engine = load(lambda prompt: [token for token in prompt if token in LETTERS][1:6], slots=2)
+def test_threads_share_a_service(load):
+    service = load(lambda prompt: [token for token in prompt if token in LETTERS][1:6], slots=2)
     results = {}
 
     def client(number):
         for _ in range(10):
             text = "abcdefgh"[number] * 5
-            results.setdefault(number, set()).add(answer(engine, chat(text, max_tokens=9)).choices[0].text)
+            results.setdefault(number, set()).add(answer(service, chat(text, max_tokens=9)).choices[0].text)
 
     threads = [threading.Thread(target=client, args=(number,)) for number in range(8)]
     for thread in threads:
@@ -342,19 +365,21 @@ def test_threads_share_an_engine(load):
     assert results == {number: {"abcdefgh"[number] * 5} for number in range(8)}
 
 
-def test_a_closed_engine_refuses_requests():
-    engine = Engine(TOKENS, FakeDecoder(says("yes")))
-    engine.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        answer(engine, chat("one"))
+def test_a_closed_service_refuses_requests():
+    service = Service(TOKENS, FakeDecoder(says("yes")))
+    service.close()
+    with pytest.raises(Unavailable, match="closed"):
+        answer(service, chat("one"))
 
 
 def test_errors_cross_the_border_of_a_process():
-    for error in (InvalidRequest("seed", "is 1.5"), Busy("3 requests are waiting", 7), WeightsError("no file")):
+    errors = [Busy("3 requests are waiting", 7), WeightsError("no file"), Unavailable("the model was closed")]
+    for error in (InvalidRequest("seed", "is 1.5"), *errors):
         same = pickle.loads(pickle.dumps(error))
         assert (type(same), str(same), vars(same)) == (type(error), str(error), vars(error))
     refused = RequestRefused(InvalidRequest("seed", "is 1.5"), "row 3: ")
-    for refusal in (refused, TryLater(Busy("full", 7)), OutOfTime("")):
+    failed = AnswerFailed("row 3: "), ModelUnavailable(Unavailable("the model was closed"))
+    for refusal in (refused, TryLater(Busy("full", 7)), OutOfTime(""), *failed):
         same = pickle.loads(pickle.dumps(refusal))
         assert type(same) is type(refusal)
         assert same.serialize_as_json() == refusal.serialize_as_json()
