@@ -1,17 +1,17 @@
 """Where weights come from: the embedded model, a local folder, or a Hugging Face repository at a pinned revision.
 
-It checks that a folder is complete and of the wanted form; it loads nothing and knows nothing of MLflow. How files
-get out of the hub is in hub.py.
+It loads nothing and knows nothing of MLflow. How files get out of the hub is in hub.py, what a folder may hold in
+runtime/trust.
 """
 
-import json
 import logging
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
+from phi3_mlflow.runtime import trust
 from phi3_mlflow.runtime.errors import WeightsError, shorten
 
 Form = Literal["transformers", "onnx"]
@@ -40,8 +40,6 @@ _ONNX_FILES = (
     "chat_template.jinja",
     "tokenizer.model",
 )
-# ONNX graphs that keep their weights in a file of their own are smaller than this, in bytes.
-_GRAPH_LIMIT = 64 * 2**20
 
 _log = logging.getLogger(__name__)
 
@@ -103,22 +101,16 @@ def resolve(weights: str | Path, form: Form, *, revision: str | None = None) -> 
 
 
 def check(folder: Path, form: Form) -> None:
-    """Checks by names, sizes and configuration that a folder holds a complete Phi-3 model of the wanted form.
+    """Checks that a folder holds a complete Phi-3 model of the wanted form, and nothing that could run code.
 
     Raises:
-        WeightsError: a file is missing, empty or of the wrong kind; the message names it and what to do.
+        WeightsError: a file is missing, empty, of the wrong kind or not to be trusted; the message names it and what
+            to do.
     """
-    files = _check_transformers(folder) if form == "transformers" else _check_onnx(folder)
-    for file in files:
-        try:
-            with file.open("rb") as stream:
-                start = stream.read(40)
-        except OSError as error:
-            raise WeightsError(f"{file} cannot be read: {error.strerror}") from error
-        if not start:
-            raise WeightsError(f"{file} is empty: copy or download it again")
-        if start.startswith(b"version https://git-lfs"):
-            raise WeightsError(f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` in its clone")
+    if form == "transformers":
+        _transformers_files(folder)
+    else:
+        onnx_files(folder)
 
 
 def onnx_files(folder: Path) -> list[Path]:
@@ -127,106 +119,27 @@ def onnx_files(folder: Path) -> list[Path]:
     Raises:
         WeightsError: as for `check`.
     """
-    optional = (file for pattern in (*_ONNX_FILES, *_CARD_PATTERNS) for file in folder.glob(pattern) if file.is_file())
-    return sorted({*_check_onnx(folder), *optional})
-
-
-def _check_transformers(folder: Path) -> list[Path]:
-    if not (folder / "config.json").is_file() or (folder / "genai_config.json").is_file():
-        if (folder / "genai_config.json").is_file():
-            raise WeightsError(
-                f"{folder} holds an ONNX model (genai_config.json) where a transformers model is needed: use it with "
-                "`phi3-mlflow log onnx`, or give the folder or hub id of the safetensors"
-            )
-        if (folder / "adapter_config.json").is_file():
-            raise WeightsError(
-                f"{folder / 'config.json'} is missing, and adapter_config.json shows an adapter without its base "
-                "model: merge it with PEFT's merge_and_unload and save the result"
-            )
-    config = _read_json(folder / "config.json")
-    model_type, architectures = config.get("model_type"), config.get("architectures")
-    if model_type != "phi3":
-        if "auto_map" in config:
-            raise WeightsError(
-                f"{folder / 'config.json'} needs Python code of its own (`auto_map`), which is never run here: give a "
-                "model of model_type phi3"
-            )
-        raise WeightsError(f"{folder / 'config.json'} has model_type {shorten(model_type)}: it must be phi3")
-    if architectures and "Phi3ForCausalLM" not in architectures:
-        raise WeightsError(f"{folder / 'config.json'} has architectures {shorten(architectures)}: not Phi3ForCausalLM")
-    index = folder / "model.safetensors.index.json"
-    shards = [folder / "model.safetensors"]
-    if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise WeightsError(f"{index} has no `weight_map`: copy or download it again")
-        shards = [_inside(index, name) for name in sorted(set(map(str, weight_map.values())))]
-    elif not shards[0].is_file() and (pickles := sorted(folder.glob("pytorch_model*.bin"))):
-        raise WeightsError(
-            f"{pickles[0]} is a pickle, which can run code when it is loaded, and is refused: save the model with "
-            "save_pretrained, which writes safetensors"
-        )
-    return _present([*shards, folder / "tokenizer.json", folder / "tokenizer_config.json"])
-
-
-def _check_onnx(folder: Path) -> list[Path]:
-    path = folder / "genai_config.json"
-    if not path.is_file() and list(folder.glob("*.safetensors")):
+    if not (folder / "genai_config.json").is_file() and list(folder.glob("*.safetensors")):
         raise WeightsError(
             f"{folder} holds a transformers model where an ONNX model is needed: run `phi3-mlflow quantize {folder}` "
             "first and give the folder that it writes"
         )
-    model = _read_json(path).get("model")
-    if not isinstance(model, dict) or model.get("type") != "phi3":
-        kind = model.get("type") if isinstance(model, dict) else None
-        raise WeightsError(f"{path} has model.type {shorten(kind)}: it must be phi3")
-    decoder = model.get("decoder")
-    filename = decoder.get("filename") if isinstance(decoder, dict) else None
-    if not isinstance(filename, str):
-        raise WeightsError(f"{path} names no model.decoder.filename: copy or download it again")
-    graph = _inside(path, filename)
-    _present([graph])
-    return _present([graph, *_external_data(graph), folder / "tokenizer.json"])
+    optional = (file for pattern in (*_ONNX_FILES, *_CARD_PATTERNS) for file in folder.glob(pattern) if file.is_file())
+    return sorted({*trust.onnx_files(folder), *map(trust.files.needed, optional)})
 
 
-def _external_data(graph: Path) -> list[Path]:
-    """The files beside an ONNX graph that hold its weights, found without a protobuf parser.
-
-    The key `location` and its value are neighbours in the encoding of TensorProto.external_data
-    (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto, StringStringEntryProto).
-    """
-    if graph.stat().st_size > _GRAPH_LIMIT:
-        return []
-    content = graph.read_bytes()
-    values = re.finditer(rb"\n\x08location\x12([\x01-\x7f])", content)  # one byte is the value's length
-    names = {content[value.end() : value.end() + value[1][0]].decode(errors="replace") for value in values}
-    return [_inside(graph, name) for name in sorted(names)]
-
-
-def _present(files: list[Path]) -> list[Path]:
-    for file in files:
-        if not file.is_file():
-            raise WeightsError(f"{file} is missing: the model is incomplete; copy or download it again")
-    return files
-
-
-def _inside(owner: Path, name: str) -> Path:
-    if PurePosixPath(name).name != name or "\\" in name:
-        raise WeightsError(f"{owner} names {shorten(name)}, which is not a file beside it: do not use this copy")
-    return owner.parent / name
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    _present([path])
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise WeightsError(f"{path} is not JSON: copy or download it again") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path} is not a JSON object: copy or download it again")
-    return content
+def _transformers_files(folder: Path) -> list[Path]:
+    if (folder / "genai_config.json").is_file():
+        raise WeightsError(
+            f"{folder} holds an ONNX model (genai_config.json) where a transformers model is needed: use it with "
+            "`phi3-mlflow log onnx`, or give the folder or hub id of the safetensors"
+        )
+    if not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
+        raise WeightsError(
+            f"{folder / 'config.json'} is missing, and adapter_config.json shows an adapter without its base "
+            "model: merge it with PEFT's merge_and_unload and save the result"
+        )
+    return trust.transformers_files(folder, folder)
 
 
 def _embedded_folder(form: Form) -> Path:

@@ -50,7 +50,7 @@ def test_only_the_named_subfolders_are_listed_and_checked(folder):
     manifest.write(folder, ("sub",))
     assert list(content(folder)["files"]) == ["sub/model.onnx.data"]
     (folder / "code" / "model.py").write_text("2")
-    manifest.verify(folder)
+    manifest.verify(folder, ("sub",))
 
 
 @pytest.mark.parametrize("link", [os.link, os.symlink])

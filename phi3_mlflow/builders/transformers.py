@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mlflow.models import Model
 from mlflow.models.model import ModelInfo
 
-from phi3_mlflow.runtime import manifest
+from phi3_mlflow.runtime import manifest, trust
 from phi3_mlflow.runtime.chat import Task
 from phi3_mlflow.runtime.settings import refuse_batching
 from phi3_mlflow.runtime.signatures import input_example, signature
@@ -23,8 +23,6 @@ from . import common
 
 if TYPE_CHECKING:
     import transformers
-
-_WEIGHT_FOLDERS = ("model", "components")
 
 
 def save_model(
@@ -78,8 +76,9 @@ def save_model(
             mlflow_model=model,
         )
     _write_licence(path, found)
+    trust.check_transformers(path)
     Tokens.from_folder(path / "components" / "tokenizer")
-    manifest.write(path, _WEIGHT_FOLDERS)
+    manifest.write(path, trust.TRANSFORMERS_PARTS)
     model.metadata = common.metadata(task, found, manifest.digest(path))
     model.signature = signature(task)
     model.flavors["python_function"] |= {

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import FORMAT, manifest
+from . import FORMAT, manifest, trust
 from .chat import TASKS
 from .decoders.base import CannotBatch, Decoder
 from .service import Service
@@ -58,6 +58,7 @@ def load_onnx(folder: Path, config: Mapping[str, Any]) -> Service:
 def _onnx(folder: Path, config: Mapping[str, Any]) -> Service:
     settings = settings_of(config)
     check_batching(config)
+    trust.check(folder)
     return service(Tokens.from_folder(folder), onnx_decoder(folder, settings), settings, config)
 
 

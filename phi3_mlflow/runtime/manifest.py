@@ -1,4 +1,4 @@
-"""Names, sizes and sha256 of the weight files below a folder: writing the list, and checking files against it.
+"""Names, sizes and sha256 of the weight files below a folder: writing the list, and checking a folder against it.
 
 It knows nothing of what the files hold, where they came from or who loads them.
 """
@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -15,6 +15,9 @@ from phi3_mlflow.runtime.errors import WeightsError, shorten
 
 NAME = "manifest.json"
 ALGORITHM = "sha256"
+# A signature of the whole model, which is made after the manifest (sigstore's model-signing writes this name).
+SIGNATURE = "model.sig"
+_CHUNK = 2**20
 
 
 def write(folder: Path, within: Sequence[str] = ("",)) -> Path:
@@ -43,36 +46,109 @@ def write(folder: Path, within: Sequence[str] = ("",)) -> Path:
     return path
 
 
-def verify(folder: Path) -> None:
-    """Checks the folder's files against its manifest: all sizes first, then all hashes.
-
-    Files that the manifest does not list are not looked at.
+def verify(folder: Path, within: Sequence[str] = ("",)) -> None:
+    """Checks that the folder holds exactly the files of its manifest, and that its model was logged with that manifest.
 
     Args:
         folder: a folder that `write` was called on, or a copy of it.
+        within: as for `write`.
 
     Raises:
-        WeightsError: the manifest is missing or makes no sense, or a file that it lists is missing, unreadable,
-            of another size or of another content; the message names the file.
+        WeightsError: the manifest is missing or makes no sense, the model's MLmodel states the digest of another one or
+            none, a file is missing, unreadable, of another size or of another content, or the manifest does not list
+            it; the message names the file.
+    """
+    check_stated(folder)
+    for _, problem in compare(folder, within):
+        if problem is not None:
+            raise WeightsError(problem)
+
+
+def compare(
+    folder: Path, within: Sequence[str] = (""), progress: Callable[[int], None] | None = None
+) -> Iterator[tuple[str, str | None]]:
+    """Compares files with the manifest: all names and sizes first, then all hashes.
+
+    Args:
+        folder: as for `verify`.
+        within: as for `write`.
+        progress: called with the number of bytes that were hashed since the last call.
+
+    Yields:
+        A name and what is wrong with that file, once or not at all for each file with a problem; at the end the name
+        of each file without one, and None.
+
+    Raises:
+        WeightsError: the manifest is missing or makes no sense.
     """
     files = _read(folder)
+    bad = set()
+    for name, problem in _outside(folder, within, files):
+        bad.add(name)
+        yield name, problem
     for name, entry in files.items():
-        try:
-            size = (folder / name).stat().st_size
-        except OSError as error:
-            raise WeightsError(f"{folder / name} is listed in {NAME} but cannot be read: {_why(error)}") from error
-        if size != entry["size"]:
-            raise WeightsError(
-                f"{folder / name} has {size} bytes where {NAME} lists {entry['size']}: the file is incomplete or was "
-                "changed; copy or download it again"
-            )
-    for name, entry in files.items():
-        sha256 = hash_file(folder / name)
+        if name in bad:
+            continue
+        sha256 = hash_file(folder / name, progress)
         if sha256 != entry["sha256"]:
-            raise WeightsError(
+            bad.add(name)
+            yield (
+                name,
                 f"{folder / name} is damaged or was changed: its sha256 is {sha256}, {NAME} lists {entry['sha256']}; "
-                "copy or download it again"
+                "copy or download it again",
             )
+    for name in files:
+        if name not in bad:
+            yield name, None
+
+
+def stated(folder: Path) -> tuple[Path, str | None] | None:
+    """What the MLmodel file of the model that a folder belongs to says the manifest's digest is.
+
+    Args:
+        folder: the model's own folder, or `artifacts/weights` in it.
+
+    Returns:
+        The path of MLmodel and its `metadata.weights.sha256`, None where it states none. None where there is no
+        MLmodel, as for a folder of weights that is no part of a model.
+
+    Raises:
+        WeightsError: MLmodel cannot be read.
+    """
+    import yaml  # takes a while, and the toolkit writes manifests without it
+
+    folder = Path(os.path.abspath(folder))  # not `resolve`: the folder may be a link, and MLmodel beside that
+    places = [folder, folder.parent.parent] if folder.parts[-2:] == ("artifacts", "weights") else [folder]
+    path = next((place / "MLmodel" for place in places if (place / "MLmodel").is_file()), None)
+    if path is None:
+        return None
+    try:
+        metadata = yaml.safe_load(path.read_text("utf-8")).get("metadata")
+        return path, metadata["weights"].get("sha256") if metadata else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise WeightsError(f"{path} cannot be read as that of a logged model: copy it again") from error
+
+
+def check_stated(folder: Path) -> None:
+    """Compares the manifest with the digest in the model's MLmodel, where the folder belongs to a model.
+
+    MLflow's own registry and its logged models have no digest of their own (3.17), so this is what a registered
+    version says of its weights.
+
+    Raises:
+        WeightsError: they differ, or MLmodel has no digest.
+    """
+    found = stated(folder)
+    if found is None:
+        return
+    path, sha256 = found
+    if sha256 is None:
+        raise WeightsError(f"{path} has no metadata.weights.sha256 to compare the weights with: log the model again")
+    if sha256 != (own := digest(folder)):
+        raise WeightsError(
+            f"{folder / NAME} has the digest {own}, and metadata.weights.sha256 in {path} is {shorten(sha256, 80)}: "
+            "the weights are not those that the model was logged with; copy both again from where they came from"
+        )
 
 
 def digest(folder: Path) -> str:
@@ -88,17 +164,27 @@ def digest(folder: Path) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def hash_file(path: Path) -> str:
+def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
     """The sha256 of a file, in hexadecimal.
+
+    Args:
+        path: the file.
+        progress: called with the number of bytes that were read since the last call.
 
     Raises:
         WeightsError: the file cannot be read.
     """
+    hasher = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, ALGORITHM).hexdigest()
+        with path.open("rb", buffering=0) as file:
+            buffer = memoryview(bytearray(_CHUNK))
+            while count := file.readinto(buffer):
+                hasher.update(buffer[:count])
+                if progress:
+                    progress(count)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {_why(error)}") from error
+    return hasher.hexdigest()
 
 
 def _names(folder: Path, part: Path) -> Iterator[str]:
@@ -114,6 +200,25 @@ def _names(folder: Path, part: Path) -> Iterator[str]:
             path = Path(parent, file)
             if path.is_file() and path != folder / NAME:
                 yield path.relative_to(folder).as_posix()
+
+
+def _outside(folder: Path, within: Sequence[str], files: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """What can be seen of the files without reading them: names that are missing or too many, and sizes."""
+    for name, entry in files.items():
+        try:
+            size = (folder / name).stat().st_size
+        except OSError as error:
+            yield name, f"{folder / name} is listed in {NAME} but cannot be read: {_why(error)}"
+            continue
+        if size != entry["size"]:
+            yield (
+                name,
+                f"{folder / name} has {size} bytes where {NAME} lists {entry['size']}: the file is incomplete or was "
+                "changed; copy or download it again",
+            )
+    present = {name for part in within for name in _names(folder, folder / part)}
+    for name in sorted(present - files.keys() - {SIGNATURE}):
+        yield name, f"{folder / name} is not listed in {NAME}: it is no part of the model; remove it"
 
 
 def _read(folder: Path) -> dict[str, dict[str, Any]]:

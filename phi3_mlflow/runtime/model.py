@@ -25,7 +25,7 @@ from mlflow.protos.databricks_pb2 import (
 )
 from tqdm.auto import tqdm
 
-from . import hosting, loading, manifest
+from . import hosting, loading, manifest, trust
 from .answers import Answer
 from .chat import chunk, completion, last_chunk
 from .errors import Busy, FormatError, InvalidRequest, Picklable, Unavailable, shorten
@@ -300,7 +300,8 @@ def load(folder: Path, config: Mapping[str, Any] | None = None) -> Predictor:
         service = loading.load_onnx(folder / flavor["artifacts"]["weights"]["path"], config)
     else:
         settings_of(config)  # before gigabytes are hashed
-        manifest.verify(folder)
+        manifest.verify(folder, trust.TRANSFORMERS_PARTS)
+        trust.check_transformers(folder)
         import mlflow.transformers
 
         pipeline = mlflow.transformers.load_model(str(folder))

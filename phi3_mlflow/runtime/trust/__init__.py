@@ -1,0 +1,164 @@
+"""Whether a folder of weights is only that: it is checked before any library that could run something of it sees it.
+
+What a model folder beside its weights holds (MLmodel, requirements, code) is code, and nothing is checked of that.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import WeightsError, shorten
+from . import files, genai_config, onnx_graph
+
+__all__ = ["TRANSFORMERS_PARTS", "check", "check_transformers", "onnx_files", "transformers_files"]
+
+# The folders of a logged transformers model that hold weights.
+TRANSFORMERS_PARTS = ("model", "components")
+
+_MiB = files.MiB
+# The files beside the weights that are read, with the size at which that ends. Phi-3's tokenizer.json has 3.6 MB.
+_JSON = {
+    "config.json": _MiB,
+    "generation_config.json": _MiB,
+    "tokenizer.json": 64 * _MiB,
+    "tokenizer_config.json": 4 * _MiB,
+    "special_tokens_map.json": _MiB,
+    "added_tokens.json": 4 * _MiB,
+}
+_TEMPLATE = ("chat_template.jinja", _MiB)
+# Transformers' names for ways to compute attention. Any other name is a repository on the hub with code to download.
+_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+# What transformers reads; it unpickles .bin, .pt and .pth, and imports .py.
+_SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt", ".md", ""})
+
+
+def check(folder: Path) -> None:
+    """Checks a logged ONNX folder, for every decoder that may load it. Reads no weight file but for its first bytes.
+
+    Raises:
+        WeightsError: genai_config.json has a key or a value that is not on the allow-list, the graph is refused, a
+            file that is read makes no sense, or a file, whether it is used or not, is a native library, a pickle or a
+            link that leaves the folder.
+    """
+    onnx_files(folder)
+    files.check_all(folder)
+
+
+def onnx_files(folder: Path) -> list[Path]:
+    """The files that an ONNX model in a folder cannot do without, each of them checked, and what is read beside them.
+
+    Raises:
+        WeightsError: as for `check`, about these files.
+    """
+    config = genai_config.read(folder)
+    graph = folder / config["model"]["decoder"]["filename"]
+    data = onnx_graph.check(graph)
+    files.needed(folder / "tokenizer.json")
+    _check_texts(folder)
+    return [folder / genai_config.NAME, graph, *data, folder / "tokenizer.json"]
+
+
+def check_transformers(folder: Path) -> None:
+    """Checks the weights of a logged transformers model.
+
+    Args:
+        folder: the model's, in which `model` and `components/tokenizer` hold what transformers loads.
+
+    Raises:
+        WeightsError: as for `transformers_files`, and where a file, used or not, is something that transformers could
+            import or unpickle, a native library, or a link that leaves its folder.
+    """
+    transformers_files(folder / "model", folder / "components" / "tokenizer")
+    for part in (folder / name for name in TRANSFORMERS_PARTS):
+        files.check_all(part)
+        for path in sorted(part.rglob("*")):
+            if path.is_file() and path.suffix not in _SUFFIXES:
+                raise WeightsError(f"{path} is nothing that a model of safetensors needs: do not use this copy")
+
+
+def transformers_files(folder: Path, tokenizer: Path) -> list[Path]:
+    """The files that a transformers model in a folder cannot do without, each of them checked.
+
+    `auto_map`, which names Python code, may be there (Microsoft's own files have it): transformers is always told not
+    to follow it (`trust_remote_code=False`).
+
+    Args:
+        folder: holds config.json and the safetensors.
+        tokenizer: holds tokenizer.json and tokenizer_config.json.
+
+    Raises:
+        WeightsError: a file is missing or makes no sense, the configuration is not that of a Phi-3 in safetensors, or
+            it names code on the hub.
+    """
+    config = _json(folder / "config.json")
+    _check_config(folder / "config.json", config)
+    if (folder / "adapter_config.json").exists():
+        raise WeightsError(
+            f"{folder / 'adapter_config.json'} names another model, which transformers would load in place of this "
+            "one: merge the adapter with PEFT's merge_and_unload and save the result"
+        )
+    weights = [files.needed(path) for path in _safetensors(folder)]
+    for place in dict.fromkeys((folder, tokenizer)):
+        _check_texts(place)
+    needed = [tokenizer / "tokenizer.json", tokenizer / "tokenizer_config.json"]
+    return [folder / "config.json", *weights, *map(files.needed, needed)]
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    model_type, architectures = config.get("model_type"), config.get("architectures")
+    if model_type != "phi3":
+        if "auto_map" in config:
+            raise WeightsError(
+                f"{path} needs Python code of its own (`auto_map`), which is never run here: give a model of "
+                "model_type phi3"
+            )
+        raise WeightsError(f"{path} has model_type {shorten(model_type)}: it must be phi3")
+    if architectures and "Phi3ForCausalLM" not in architectures:
+        raise WeightsError(f"{path} has architectures {shorten(architectures)}: not Phi3ForCausalLM")
+    if "transformers_weights" in config:
+        raise WeightsError(
+            f"{path} has transformers_weights, which names other weights, pickled ones too: remove the key"
+        )
+    for key in ("attn_implementation", "experts_implementation"):
+        for name in (key, f"_{key}", f"_{key}_internal"):
+            if config.get(name) is not None and config[name] not in _IMPLEMENTATIONS:
+                raise WeightsError(
+                    f"{path} has {name} {shorten(config[name])}, which may name code on the hub: it must be one of "
+                    f"{', '.join(_IMPLEMENTATIONS)}, or not be there"
+                )
+
+
+def _safetensors(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = _json(index, 16 * _MiB).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise WeightsError(f"{index} has no `weight_map`: copy or download it again")
+        shards = [files.beside(index, name) for name in sorted(set(map(str, names.values())))]
+        if others := [shard for shard in shards if shard.suffix != ".safetensors"]:
+            raise WeightsError(
+                f"{index} names {shorten(others[0].name)}, which is not .safetensors: do not use this copy"
+            )
+        return [index, *shards]
+    single = folder / "model.safetensors"
+    if not single.is_file() and (pickles := sorted(folder.glob("pytorch_model*.bin"))):
+        raise WeightsError(
+            f"{pickles[0]} is a pickle, which can run code when it is loaded, and is refused: save the model with "
+            "save_pretrained, which writes safetensors"
+        )
+    return [single]
+
+
+def _check_texts(folder: Path) -> None:
+    """Checks the configurations and templates that are there. What a template does is checked where it is rendered."""
+    for name in _JSON:
+        if (folder / name).exists():
+            _json(folder / name)
+    name, limit = _TEMPLATE
+    if (folder / name).exists():
+        files.text(folder / name, limit)
+
+
+def _json(path: Path, limit: int | None = None) -> dict[str, Any]:
+    limit = limit or _JSON[path.name]
+    return files.plain(path, files.json_object(path, limit))

@@ -1,0 +1,204 @@
+"""What genai_config.json may say: an allow-list, key by key.
+
+onnxruntime-genai loads every native library and opens every file that this configuration names, so what is not in the
+table is refused, whatever it is. The table has what the model builder of onnxruntime-genai writes for Phi-3 (0.3 of
+2024 to 0.18: make_genai_config in models/builders/base.py), and harmless settings of onnxruntime's sessions.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import WeightsError, shorten
+from . import files
+
+NAME = "genai_config.json"
+
+
+@dataclass(frozen=True)
+class _Rule:
+    words: str
+    fits: Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class _List:
+    item: Any
+    most: int
+
+
+def _integer(least: int, most: int) -> _Rule:
+    return _Rule(f"an integer from {least} to {most}", lambda value: type(value) is int and least <= value <= most)
+
+
+def _number(least: float, most: float) -> _Rule:
+    def fits(value: Any) -> bool:
+        return type(value) in (int, float) and math.isfinite(value) and least <= value <= most
+
+    return _Rule(f"a number from {least} to {most}", fits)
+
+
+def _one_of(*choices: str) -> _Rule:
+    return _Rule(" or ".join(map(repr, choices)), lambda value: isinstance(value, str) and value in choices)
+
+
+def _text(most: int) -> _Rule:
+    def fits(value: Any) -> bool:
+        return isinstance(value, str) and 0 < len(value) <= most and value.isascii() and value.isprintable()
+
+    return _Rule(f"1 to {most} printable ASCII characters", fits)
+
+
+def _is_digits(text: str) -> bool:
+    return re.fullmatch("[0-9]{1,3}", text) is not None
+
+
+_FLAG = _Rule("true or false", lambda value: type(value) is bool)
+_SWITCH = _one_of("0", "1")
+_DIGITS = _Rule("1 to 3 digits as text", lambda value: isinstance(value, str) and _is_digits(value))
+_TOKEN = _integer(-1, 2**31 - 1)
+_VALUE = _text(200)  # the name of an input or output of the graph; %d stands for the layer
+_COUNT = _integer(1, 65536)
+
+# Everything that may be there, at its place. Nothing in it can name a library, and one key alone names a file.
+_ALLOWED: Mapping[str, Any] = {
+    "model": {
+        "type": _one_of("phi3"),
+        "context_length": _integer(1, 2**20),
+        "vocab_size": _integer(1, 2**20),
+        "bos_token_id": _TOKEN,
+        "eos_token_id": (_TOKEN, _List(_TOKEN, 64)),  # one, or a list of them
+        "pad_token_id": _TOKEN,
+        "decoder": {
+            "filename": _text(200),  # of a file beside it, see `read`
+            "head_size": _integer(1, 4096),
+            "hidden_size": _COUNT,
+            "num_attention_heads": _integer(1, 1024),
+            "num_key_value_heads": _integer(1, 1024),
+            "num_hidden_layers": _integer(1, 1024),
+            "inputs": {
+                "input_ids": _VALUE,
+                "attention_mask": _VALUE,
+                "position_ids": _VALUE,
+                "past_key_names": _VALUE,
+                "past_value_names": _VALUE,
+            },
+            "outputs": {
+                "logits": _VALUE,
+                "present_key_names": _VALUE,
+                "present_value_names": _VALUE,
+            },
+            "sliding_window": {
+                "window_size": _integer(1, 2**20),
+                "pad_value": _integer(-(2**31), 2**31 - 1),
+                "alignment": _one_of("left", "right"),
+                "slide_key_value_cache": _FLAG,
+                "slide_inputs": _FLAG,
+                "layers": _List(_integer(0, 1023), 1024),
+                "cache_slack": _integer(0, 2**20),
+            },
+            "session_options": {
+                "log_id": _text(100),
+                "log_severity_level": _integer(0, 4),
+                "log_verbosity_level": _integer(0, 4),
+                "intra_op_num_threads": _integer(0, 1024),
+                "inter_op_num_threads": _integer(0, 1024),
+                "enable_cpu_mem_arena": _FLAG,
+                "enable_mem_pattern": _FLAG,
+                "graph_optimization_level": _one_of(
+                    "ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL"
+                ),
+                "session.intra_op.allow_spinning": _SWITCH,
+                "session.inter_op.allow_spinning": _SWITCH,
+                "session.use_device_allocator_for_initializers": _SWITCH,
+                "optimization.disable_specified_optimizers": _one_of("MatMulNBitsFusion"),
+                "ep.cuda.fpa_intb_gemm": _SWITCH,
+                "provider_options": _List(
+                    {
+                        "cpu": {},
+                        "cuda": {"enable_cuda_graph": _SWITCH, "device_id": _DIGITS},
+                        "dml": {"enable_graph_capture": _SWITCH, "device_id": _DIGITS},
+                    },
+                    3,
+                ),
+            },
+        },
+    },
+    "search": {
+        "batch_size": _integer(1, 1024),
+        "chunk_size": _integer(1, 2**20),
+        "diversity_penalty": _number(-100, 100),
+        "do_sample": _FLAG,
+        "early_stopping": _FLAG,
+        "length_penalty": _number(-100, 100),
+        "max_length": _integer(0, 2**20),
+        "min_length": _integer(0, 2**20),
+        "no_repeat_ngram_size": _integer(0, 2**20),
+        "num_beams": _integer(1, 64),
+        "num_return_sequences": _integer(1, 64),
+        "past_present_share_buffer": _FLAG,
+        "random_seed": _integer(-1, 2**31 - 1),
+        "repetition_penalty": _number(0, 100),
+        "temperature": _number(0, 100),
+        "top_k": _integer(0, 2**20),
+        "top_p": _number(0, 1),
+    },
+}
+
+_REQUIRED = ("model.type", "model.decoder.filename", "model.context_length", "model.eos_token_id")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The configuration of an ONNX folder, every key of which is known and harmless.
+
+    Args:
+        folder: holds genai_config.json.
+
+    Returns:
+        Its content. `model.decoder.filename` is the name of a file in the folder that ends in `.onnx`; whether it is
+        there was not looked at.
+
+    Raises:
+        WeightsError: a key is unknown or comes twice, or a value is not allowed; the message has the key's dotted path.
+    """
+    path = folder / NAME
+    content = files.plain(path, files.json_object(path))
+    _check(path, content, _ALLOWED, "")
+    for key in _REQUIRED:
+        section: Any = content
+        for name in key.split("."):
+            section = section.get(name, {})
+        if section == {}:
+            raise WeightsError(f"{path} has no {key}: copy or download it again")
+    filename = content["model"]["decoder"]["filename"]
+    files.beside(path, filename)
+    # Any other ending can mean another format to onnxruntime, which this checks nothing of.
+    if not filename.endswith(".onnx"):
+        raise WeightsError(f"{path} has model.decoder.filename {shorten(filename)}: it must end in .onnx")
+    return content
+
+
+def _check(path: Path, value: Any, allowed: Any, where: str) -> None:
+    if isinstance(allowed, Mapping):
+        if not isinstance(value, dict):
+            raise WeightsError(f"{path} has {where} {shorten(value)}: it must be an object")
+        for name, inner in value.items():
+            here = files.join(where, name)
+            if name not in allowed:
+                raise WeightsError(
+                    f"{path} has the key {here}, which no Phi-3 model needs and which may name code to run: do not "
+                    "use this copy, or remove the key if you know where it comes from"
+                )
+            _check(path, inner, allowed[name], here)
+    elif isinstance(allowed, _List):
+        if not isinstance(value, list) or len(value) > allowed.most:
+            raise WeightsError(f"{path} has {where} {shorten(value)}: it must be a list of at most {allowed.most}")
+        for index, item in enumerate(value):
+            _check(path, item, allowed.item, f"{where}[{index}]")
+    elif isinstance(allowed, Sequence):
+        _check(path, value, allowed[isinstance(value, list)], where)
+    elif not allowed.fits(value):
+        raise WeightsError(f"{path} has {where} {shorten(value)}: it must be {allowed.words}")
