@@ -12,6 +12,8 @@ import phi3_mlflow
 from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error
 from phi3_mlflow.runtime.options import check
 
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
 
 class _Group(click.Group):
     """A group whose commands end with one line and exit code 1 where an error is meant for the user."""
@@ -87,6 +89,42 @@ def pull(weights: str, form: str | None, revision: str | None) -> None:
 
     onnx = form == "onnx" or (form is None and ("-onnx" in weights or Path(weights, "genai_config.json").exists()))
     click.echo(resolve(weights, "onnx" if onnx else "transformers", revision=revision).folder)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--public-key", type=_FILE, metavar="FILE", help="Check the signature with this key (PEM).")
+@click.option("--certificate", type=_FILE, metavar="FILE", multiple=True, help="Or with this certificate. Repeatable.")
+@click.option("--signature", type=_FILE, metavar="FILE", help="Where it is.  [default: model.sig in the model]")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of the table.")
+@click.pass_context
+def verify(
+    context: click.Context,
+    model: str,
+    public_key: Path | None,
+    certificate: tuple[Path, ...],
+    signature: Path | None,
+    as_json: bool,
+) -> None:
+    """Check a model's files and its signature.
+
+    MODEL is any model URI of MLflow, or a folder. Nothing of it is loaded or run.
+
+    \b
+    Examples:
+      phi3-mlflow verify models:/phi3@champion
+      phi3-mlflow verify models:/phi3@champion --public-key signer.pem
+    """
+    from phi3_mlflow.verify import run, table
+
+    checks = run(model, public_key=public_key, certificates=certificate, signature=signature, progress=not as_json)
+    failed = any(check.status == "failed" for check in checks)
+    if as_json:
+        listed = [{"name": check.name, "status": check.status, "detail": check.detail} for check in checks]
+        click.echo(json.dumps({"model": model, "ok": not failed, "checks": listed}, indent=2))
+    else:
+        click.echo(table(checks))
+    context.exit(1 if failed else 0)
 
 
 @cli.command()

@@ -3,9 +3,13 @@
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+from phi3_mlflow.runtime import manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = ROOT / "artifacts" / "onnx"
@@ -31,26 +35,53 @@ def library(path: Path, mark: Path) -> Path:
     return path
 
 
-def folder(path: Path, files: dict[str, Path], change: Callable[[dict[str, Any]], Any] = lambda config: None) -> Path:
-    """A copy of the embedded ONNX model with further files, a changed genai_config.json, and a graph that names them.
+def folder(
+    path: Path,
+    files: Mapping[str, Path],
+    config: Callable[[dict[str, Any]], str | None] = lambda config: None,
+    graph: Callable[[Any], None] = lambda model: None,
+) -> Path:
+    """A copy of the embedded ONNX model with further files, which its graph names, and other changes.
 
     Args:
         path: the folder to make.
         files: what to add, by name. The graph gets an initializer in each, which no node uses.
-        change: changes the configuration in place, or returns the text to write in place of it.
+        config: changes genai_config.json in place, or returns the text to write in its place.
+        graph: changes the ONNX model in place.
     """
     import onnx
 
     shutil.copytree(EMBEDDED, path)
-    graph = onnx.load(path / "model.onnx", load_external_data=False)
+    model = onnx.load(path / "model.onnx", load_external_data=False)
     for name, source in files.items():
+        (path / name).parent.mkdir(exist_ok=True)
         shutil.copy(source, path / name)
-        tensor = graph.graph.initializer.add(name=f"unused {name}", data_type=onnx.TensorProto.UINT8, dims=[16])
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in (("location", name), ("offset", "0"), ("length", "16")):
-            tensor.external_data.add(key=key, value=value)
-    onnx.save(graph, path / "model.onnx")
-    config = json.loads((path / "genai_config.json").read_text("utf-8"))
-    text = change(config)
-    (path / "genai_config.json").write_text(text if isinstance(text, str) else json.dumps(config), "utf-8")
+        external(model, f"unused {name}", name)
+    graph(model)
+    onnx.save(model, path / "model.onnx")
+    content = json.loads((path / "genai_config.json").read_text("utf-8"))
+    text = config(content)
+    (path / "genai_config.json").write_text(json.dumps(content) if text is None else text, "utf-8")
+    return path
+
+
+def external(model: Any, name: str, location: str) -> None:
+    """Adds an initializer of 16 bytes that are in another file."""
+    import onnx
+
+    tensor = model.graph.initializer.add(name=name, data_type=onnx.TensorProto.UINT8, dims=[16])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", "0"), ("length", "16")):
+        tensor.external_data.add(key=key, value=value)
+
+
+def model(path: Path, good: Path, weights: Path) -> Path:
+    """A logged model with other weights, by somebody who can write every file of it but the code."""
+    shutil.copytree(good, path, ignore=shutil.ignore_patterns("weights"))
+    folder = path / "artifacts" / "weights"
+    shutil.copytree(weights, folder, symlinks=True)
+    manifest.write(folder)
+    content = yaml.safe_load((path / "MLmodel").read_text("utf-8"))
+    content["metadata"]["weights"]["sha256"] = manifest.digest(folder)
+    (path / "MLmodel").write_text(yaml.safe_dump(content), "utf-8")
     return path

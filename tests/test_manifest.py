@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,90 @@ def test_a_missing_file_is_named(folder):
     (folder / "sub" / "model.onnx.data").unlink()
     with pytest.raises(WeightsError, match=r"sub/model\.onnx\.data is listed in manifest\.json .* it is not there"):
         manifest.verify(folder)
+
+
+@pytest.mark.parametrize("name", ["extra.json", "sub/extra.onnx.data", ".hidden", "sub/manifest.json", "sub/model.sig"])
+def test_a_file_that_is_not_listed_is_refused_by_name(folder, name):
+    manifest.write(folder)
+    (folder / name).write_text("more")
+    with pytest.raises(WeightsError, match=rf"{re.escape(name)} is not listed in manifest\.json: .* remove it"):
+        manifest.verify(folder)
+
+
+def test_a_file_in_a_linked_folder_is_not_overlooked(folder, tmp_path_factory):
+    manifest.write(folder)
+    outside = tmp_path_factory.mktemp("outside")
+    (outside / "more.json").write_text("{}")
+    (folder / "linked").symlink_to(outside)
+    with pytest.raises(WeightsError, match=r"linked/more\.json is not listed"):
+        manifest.verify(folder)
+
+
+def test_a_signature_beside_the_manifest_is_no_file_too_many(folder):
+    manifest.write(folder)
+    (folder / "model.sig").write_text("{}")
+    manifest.verify(folder)
+
+
+def model_of(folder: Path, text: str) -> Path:
+    """Makes the folder the weights of a logged ONNX model with this MLmodel file."""
+    weights = folder.parent / "model" / "artifacts" / "weights"
+    weights.parent.mkdir(parents=True)
+    folder.rename(weights)
+    (weights.parent.parent / "MLmodel").write_text(text)
+    return weights
+
+
+def test_mlmodel_has_to_state_the_digest_of_these_weights(tmp_path):
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(b"graph")
+    manifest.write(folder)
+    stated = f"metadata:\n  weights:\n    sha256: {manifest.digest(folder)}\n"
+    weights = model_of(folder, stated)
+    manifest.verify(weights)
+    (weights / "model.onnx").write_bytes(b"other")
+    manifest.write(weights)  # by somebody who wants it to pass
+    with pytest.raises(
+        WeightsError, match=r"manifest\.json has the digest .* and metadata\.weights\.sha256 in .*MLmodel is"
+    ):
+        manifest.verify(weights)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("flavors: {}\n", "MLmodel has no metadata.weights.sha256"),
+        ("metadata:\n  weights:\n    source: here\n", "MLmodel has no metadata.weights.sha256"),
+        ("metadata:\n  weights:\n    sha256: 7\n", "metadata.weights.sha256 in "),
+        ("metadata: text\n", "MLmodel cannot be read as that of a logged model"),
+        ("metadata: {}\n", "MLmodel has no metadata.weights.sha256"),
+        ("metadata:\n  task: llm/v1/chat\n", "MLmodel cannot be read as that of a logged model"),
+        ("text", "MLmodel cannot be read as that of a logged model"),
+        ("{", "MLmodel cannot be read as that of a logged model"),
+    ],
+)
+def test_an_mlmodel_without_the_digest_is_refused_and_named(folder, text, reason):
+    manifest.write(folder)
+    (folder / "MLmodel").write_text(text)
+    with pytest.raises(WeightsError, match=re.escape(reason)):
+        manifest.verify(folder, ("sub",))
+
+
+def test_every_problem_is_told_and_every_good_file_named_once(folder):
+    manifest.write(folder)
+    (folder / "empty.txt").unlink()
+    (folder / "model.onnx").write_bytes(b"GRAPH")
+    (folder / "more").touch()
+    read = []
+    found = list(manifest.compare(folder, progress=read.append))
+    assert [(name, problem is None) for name, problem in found] == [
+        ("empty.txt", False),
+        ("more", False),
+        ("model.onnx", False),
+        ("sub/model.onnx.data", True),
+    ]
+    assert sum(read) == 5 + 2**20
 
 
 def test_a_folder_in_the_place_of_a_file_is_named(folder):

@@ -65,7 +65,7 @@ def verify(folder: Path, within: Sequence[str] = ("",)) -> None:
 
 
 def compare(
-    folder: Path, within: Sequence[str] = (""), progress: Callable[[int], None] | None = None
+    folder: Path, within: Sequence[str] = ("",), progress: Callable[[int], None] | None = None
 ) -> Iterator[tuple[str, str | None]]:
     """Compares files with the manifest: all names and sizes first, then all hashes.
 

@@ -74,7 +74,7 @@ def beside(owner: Path, name: object) -> Path:
         WeightsError: the name is not that of a file beside it.
     """
     plain = isinstance(name, str) and name.isprintable() and PurePosixPath(name).name == name
-    if not plain or set(str(name)) & set("\\:"):
+    if not plain or name in ("", "..") or set(str(name)) & set("\\:"):
         raise WeightsError(f"{owner} names {shorten(name)}, which is not a file beside it: do not use this copy")
     return owner.parent / str(name)
 
