@@ -19,13 +19,17 @@ class _Group(click.Group):
     """A group whose commands end with one line and exit code 1 where an error is meant for the user."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return sorted([*super().list_commands(context), "azure"])
+        return sorted([*super().list_commands(context), "azure", "serve"])
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name == "azure":
             from phi3_mlflow.azure.cli import azure
 
             return azure
+        if name == "serve":
+            from phi3_mlflow.serve.cli import serve
+
+            return serve
         return super().get_command(context, name)
 
     def invoke(self, context: click.Context) -> Any:
@@ -197,7 +201,7 @@ def _log_one(builder: str, **options: Any) -> dict[str, Any]:
 
     from phi3_mlflow.builders import onnx, transformers
 
-    config = _parse_config(options["config"])
+    config = parse_config(options["config"])
     named = {"name": options["name"]} if options["name"] else {}
     info = (onnx if builder == "onnx" else transformers).log_model(
         options["weights"],
@@ -291,7 +295,7 @@ def chat(model: str | None, prompt: str | None, system: str | None, option: tupl
     """
     from phi3_mlflow import terminal
 
-    options = {name: check(name, value) for name, value in _parse_config(option).items()}
+    options = {name: check(name, value) for name, value in parse_config(option).items()}
     if as_json and prompt is None:
         raise click.UsageError("--json needs -p")
     if prompt is not None and not prompt:
@@ -350,7 +354,7 @@ def bench(
         click.echo(f"\nrun {result['run_id']}")
 
 
-def _parse_config(pairs: tuple[str, ...]) -> dict[str, Any]:
+def parse_config(pairs: tuple[str, ...]) -> dict[str, Any]:
     """NAME=VALUE pairs; a value is JSON where it can be, else text; an empty value means not given."""
     config = {}
     for pair in pairs:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -75,11 +75,17 @@ def parse_chat(body: Mapping[str, Any], defaults: Options, *, stream: bool = Fal
 def parse_completion(body: Mapping[str, Any], defaults: Options, *, template: bool, stream: bool = False) -> Request:
     """Checks a completion request: `prompt`, put into the chat template as a user's message or taken as it is.
 
+    Without template the prompt may be a list of token ids too, control tokens among them.
+
     Raises:
         InvalidRequest: names the field, the value and what is allowed.
     """
     values = _given(body, stream=stream)
-    prompt = _check_text("prompt", values.pop("prompt", None))
+    prompt = values.pop("prompt", None)
+    if not isinstance(prompt, list) or template:
+        prompt = _check_text("prompt", prompt)
+    elif not prompt or not all(type(token) is int and token >= 0 for token in prompt):
+        raise InvalidRequest("prompt", f"is {shorten(prompt)}; as a list it must hold at least one id, and ids alone")
     if values.get("context_overflow") == "drop_oldest":
         raise InvalidRequest("context_overflow", "is 'drop_oldest', and a prompt has no turns to drop; use 'error'")
     if "top_logprobs" in values:
@@ -123,7 +129,7 @@ def completion(answer: Answer, task: Task, model: str) -> dict[str, Any]:
     for index, choice in enumerate(answer.choices):
         body = {"message": {"role": "assistant", "content": choice.text}} if chat else {"text": choice.text}
         ended = {"finish_reason": finish_reason(choice.reason)}
-        choices.append({"index": index, **body, **ended, **_logprobs(choice.logprobs, chat=chat)})
+        choices.append({"index": index, **body, **ended, **logprobs(choice.logprobs, chat=chat)})
     return {
         **_head(answer, "chat.completion" if chat else "text_completion", model),
         "choices": choices,
@@ -131,33 +137,36 @@ def completion(answer: Answer, task: Task, model: str) -> dict[str, Any]:
     }
 
 
-def chunk(answer: Answer, task: Task, model: str, piece: Piece, *, first: bool) -> dict[str, Any]:
-    """A piece of a streamed answer.
+def chunks(answer: Answer, task: Task, model: str, piece: Piece, opened: set[int]) -> Iterator[Any]:
+    """The chunks of a piece: its text, and where it ends its choice, that.
 
     Args:
         answer: what is known of the whole; its id, time and choices are read.
-        task: the shape to give the chunk.
+        task: the shape to give the chunks; for `flat` they are strings.
         model: the model's name.
         piece: what is new.
-        first: whether it opens the choice; a chat chunk then carries the role.
+        opened: the choices that have had a chunk, of which a chat's first one carries the role; added to.
     """
+    if task == "flat":
+        if piece.text:
+            yield piece.text
+        return
     chat = task == "llm/v1/chat"
-    delta = {"role": "assistant", "content": piece.text} if first else {"content": piece.text}
-    body: dict[str, Any] = {"delta": delta} if chat else {"text": piece.text}
-    choice = {"index": piece.choice, **body, "finish_reason": None, **_logprobs(piece.logprobs, chat=chat)}
-    return {**_head(answer, "chat.completion.chunk" if chat else "text_completion", model), "choices": [choice]}
+    head = _head(answer, "chat.completion.chunk" if chat else "text_completion", model)
+    first = piece.choice not in opened
+    if piece.text or first:
+        opened.add(piece.choice)
+        delta = {"role": "assistant", "content": piece.text} if first else {"content": piece.text}
+        body: dict[str, Any] = {"delta": delta} if chat else {"text": piece.text}
+        choice = {"index": piece.choice, **body, "finish_reason": None, **logprobs(piece.logprobs, chat=chat)}
+        yield {**head, "choices": [choice]}
+    if piece.reason is not None:
+        end: dict[str, Any] = {"delta": {}} if chat else {"text": ""}
+        choice = {"index": piece.choice, **end, "finish_reason": finish_reason(piece.reason)}
+        yield {**head, "choices": [choice], **(_tail(answer) if piece.last else {})}
 
 
-def last_chunk(answer: Answer, task: Task, model: str, piece: Piece) -> dict[str, Any]:
-    """The chunk that ends the piece's choice; the one that ends the whole answer carries the usage."""
-    assert piece.reason is not None
-    body: dict[str, Any] = {"delta": {}} if task == "llm/v1/chat" else {"text": ""}
-    choice = {"index": piece.choice, **body, "finish_reason": finish_reason(piece.reason)}
-    kind = "chat.completion.chunk" if task == "llm/v1/chat" else "text_completion"
-    return {**_head(answer, kind, model), "choices": [choice], **(_tail(answer) if piece.last else {})}
-
-
-def _logprobs(likely: Sequence[TokenLogprob] | None, *, chat: bool) -> dict[str, Any]:
+def logprobs(likely: Sequence[TokenLogprob] | None, *, chat: bool) -> dict[str, Any]:
     """OpenAI's shape, of chat completions or of the older completions; nothing where they were not asked for."""
     if likely is None:
         return {}

@@ -11,8 +11,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -28,10 +30,41 @@ _THREADS = 256
 _arrival = threading.local()
 
 
-class _Executor(ThreadPoolExecutor):
-    """Tells each call when it was handed over."""
+class _Leave:
+    """What ends the work of one request; called once, maybe before the work was begun."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._left = False
+        self._ends: list[Callable[[], None]] = []
+
+    def add(self, end: Callable[[], None]) -> None:
+        with self._lock:
+            self._ends.append(end)
+            left = self._left
+        if left:
+            end()
+
+    def __call__(self) -> None:
+        with self._lock:
+            self._left = True
+            ends = list(self._ends)
+        for end in ends:
+            end()
+
+
+# Of the request that this context belongs to.
+_current: ContextVar[_Leave | None] = ContextVar("current", default=None)
+
+
+class RequestExecutor(ThreadPoolExecutor):
+    """Threads for an event loop's requests, each of which can tell when it was handed over."""
+
+    def __init__(self) -> None:
+        super().__init__(_THREADS, thread_name_prefix="phi3-request")
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> "Future[Any]":
+        """See ThreadPoolExecutor."""
         came = time.monotonic()
 
         def call() -> Any:
@@ -61,6 +94,23 @@ def deadline() -> float | None:
     return float(came + timeout - min(2.0, timeout / 10))
 
 
+@contextmanager
+def leaving() -> Iterator[Callable[[], None]]:
+    """For a block that answers a request in other threads: gives what ends their work when the client has left."""
+    leave = _Leave()
+    token = _current.set(leave)
+    try:
+        yield leave
+    finally:
+        _current.reset(token)
+
+
+def call_when_left(end: Callable[[], None]) -> None:
+    """Has `end` called when the client of this thread's request leaves, where the host can tell."""
+    if (leave := _current.get()) is not None:
+        leave.add(end)
+
+
 def attend(end: Callable[[], None]) -> None:
     """Called when a model was loaded; where the process is a worker of the scoring server, mends what it leaves open.
 
@@ -73,7 +123,7 @@ def attend(end: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
     except RuntimeError:  # the model is loaded by something else that runs in such an environment
         return
-    loop.set_default_executor(_Executor(_THREADS, thread_name_prefix="phi3-request"))
+    loop.set_default_executor(RequestExecutor())
     for number in (signal.SIGINT, signal.SIGTERM):
         before = signal.getsignal(number)
         if callable(before):  # uvicorn's, which waits for all that was begun

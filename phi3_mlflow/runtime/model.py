@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from . import hosting, loading, manifest, trust
 from .answers import Answer
-from .chat import chunk, completion, last_chunk
+from .chat import chunks, completion
 from .errors import Busy, FormatError, InvalidRequest, Picklable, Unavailable, shorten
 from .runs import Run
 from .service import Prepared, Service
@@ -162,6 +162,7 @@ class Predictor:
             table = self.service.run_table(prepared, deadline=deadline)
         except Exception as error:
             raise clean(error) from None
+        hosting.call_when_left(table.cancel)
         try:
             for index, answer in _progress(table, len(prepared)):
                 place = places[good[index]]
@@ -234,16 +235,7 @@ class Predictor:
         task, name = self.service.task, self.service.name
         try:
             for piece in run:
-                if task == "flat":
-                    if piece.text:
-                        yield piece.text
-                    continue
-                first = piece.choice not in opened
-                if piece.text or first:
-                    yield chunk(run.answer, task, name, piece, first=first)
-                    opened.add(piece.choice)
-                if piece.reason is not None:
-                    yield last_chunk(run.answer, task, name, piece)
+                yield from chunks(run.answer, task, name, piece, opened)
         except GeneratorExit:
             raise
         except Exception as error:

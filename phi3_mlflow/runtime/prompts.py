@@ -69,7 +69,7 @@ def _checked(tokens: Tokens, ids: list[int]) -> list[int]:
 
 
 def _too_long(name: str, count: str, context_length: int, remedy: str) -> InvalidRequest:
-    verb = "is" if name == "prompt" else "are"
+    verb = "are" if name == "messages" else "is"
     return InvalidRequest(
         name,
         f"{verb} {count} tokens long as the model reads it, and the context holds {context_length} "

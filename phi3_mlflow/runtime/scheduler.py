@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 
 import numpy as np
 
@@ -115,17 +116,17 @@ class Scheduler:
 
     def statistics(self) -> Statistics:
         """What goes on, all of one moment."""
-        if os.getpid() != self._process:
-            return Statistics(len(self._slots), 0, 0, self._decoder.capacity, 0, 0, 0, 0, 0, 0, 0, False, 0.0)
-        with self._wake:
+        forked = os.getpid() != self._process  # the lock may be held by a thread that is not here
+        with nullcontext() if forked else self._wake:
             began = self._step_began
             return Statistics(
                 slots=len(self._slots),
                 running=sum(slot.job is not None for slot in self._slots),
                 waiting=self._waiting.unbegun,
+                queue_limit=self._queue_limit,
                 capacity=self._decoder.capacity,
                 held=sum(len(slot.tokens) for slot in self._slots),
-                alive=self._ended is None and not self._closing,
+                alive=not (forked or self._ended or self._closing),
                 step_seconds=0.0 if began is None else time.monotonic() - began,
                 **vars(self._counts),
             )

@@ -229,7 +229,7 @@ class Service:
                 ),
                 grammar=grammar and grammar.copy(),
                 choice=choice,
-                echo=self.tokens.decoder(strip=False) if request.echo and options.logprobs and choice == 0 else None,
+                echo=self.tokens.decoder() if request.echo and options.logprobs and choice == 0 else None,
             )
             for choice in range(options.n)
         ]

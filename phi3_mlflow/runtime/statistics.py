@@ -11,6 +11,7 @@ class Statistics:
         slots: how many answers can be computed at once.
         running: answers that have a slot.
         waiting: requests that wait to be begun.
+        queue_limit: how many may; None for any number.
         capacity: how many tokens the KV cache has room for.
         held: how many tokens it holds, those kept for later prompts included.
         computed: tokens of prompts that were computed.
@@ -26,6 +27,7 @@ class Statistics:
     slots: int
     running: int
     waiting: int
+    queue_limit: int | None
     capacity: int
     held: int
     computed: int
@@ -36,6 +38,11 @@ class Statistics:
     failed: int
     alive: bool
     step_seconds: float
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a request that comes now is taken."""
+        return self.alive and (self.queue_limit is None or self.waiting < self.queue_limit)
 
 
 @dataclass

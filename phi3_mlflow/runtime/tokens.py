@@ -111,9 +111,14 @@ class Tokens:
                 runs.append(piece)
         return self._encode_runs(runs)
 
-    def encode_text(self, prompt: str) -> list[int]:
-        """The prompt as it is, without a template; begins with BOS where the tokenizer adds one."""
-        return self._bos + self._first.encode(prompt, add_special_tokens=False).ids
+    def encode_text(self, prompt: str, *, bos: bool = True) -> list[int]:
+        """The prompt as it is, without a template.
+
+        Args:
+            prompt: text, in which control tokens are text too.
+            bos: whether it begins with what the tokenizer puts before plain text.
+        """
+        return self._bos * bos + self._first.encode(prompt, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], *, strip: bool = True) -> str:
         """Ids to text, control tokens left out.

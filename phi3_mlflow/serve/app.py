@@ -1,0 +1,395 @@
+"""The ASGI app: routes of OpenAI's API and of MLflow's scoring server over the same loaded models.
+
+Knows HTTP and what the seam of the runtime offers; who counts, logs and traces is told by records.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from phi3_mlflow.runtime import chat
+from phi3_mlflow.runtime.errors import InvalidRequest, shorten
+from phi3_mlflow.runtime.service import Prepared, Service
+
+from . import invocations, openai, responses, tokenize
+from .errors import HttpError
+from .gate import Gate
+from .keys import Keys
+from .models import Loaded, Models
+from .records import Observer, Record
+from .streams import ClientLeft, EventStream, Pieces, event, while_connected
+
+_logger = logging.getLogger(__name__)
+
+DONE = event("[DONE]")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may take.
+
+    Attributes:
+        body: bytes.
+        body_seconds: until the body has arrived.
+        seconds: until the answer ends with what it has.
+        write_seconds: in which a client must take what was sent.
+        concurrent: requests to models at once, those that wait included; None for any number.
+    """
+
+    body: int = 4 * 2**20
+    body_seconds: float = 30.0
+    seconds: float = 600.0
+    write_seconds: float = 60.0
+    concurrent: int | None = None
+
+
+class _Shape(Protocol):
+    """How answers become a response."""
+
+    def whole(self) -> dict[str, Any]: ...
+
+
+class Server:
+    """What the routes share.
+
+    Args:
+        models: those that are served.
+        keys: API keys; none asked for where it is empty.
+        limits: of a request.
+        observers: are told of every request.
+        metrics: the text of /metrics.
+        feedback: takes a trace's id and what somebody thinks of the answer.
+        page: further routes, open to everybody.
+        origins: of pages that may call from a browser.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        *,
+        keys: Keys,
+        limits: Limits,
+        observers: Sequence[Observer] = (),
+        metrics: Callable[[Sequence[Loaded]], bytes] | None = None,
+        feedback: Callable[[str, bool], Awaitable[None]] | None = None,
+        page: Sequence[BaseRoute] = (),
+        origins: Sequence[str] = (),
+    ):
+        self.models = models
+        self.limits = limits
+        self.draining = False
+        self.current = 0  # requests that were posted and have no answer yet
+        self._metrics = metrics
+        self._feedback = feedback
+        routes: list[BaseRoute] = [
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/completions", self._completions, methods=["POST"]),
+            Route("/v1/responses", self._responses, methods=["POST"]),
+            Route("/v1/models", self._list, methods=["GET"]),
+            Route("/v1/models/{name:path}", self._model, methods=["GET"]),
+            Route("/tokenize", self._tokenize, methods=["POST"]),
+            Route("/detokenize", self._detokenize, methods=["POST"]),
+            Route("/invocations", self._invocations, methods=["POST"]),
+            Route("/ping", self._health, methods=["GET"]),
+            Route("/health", self._health, methods=["GET"]),
+            Route("/ready", self._ready, methods=["GET"]),
+            Route("/version", self._version, methods=["GET"]),
+            Route("/metrics", self._metrics_text, methods=["GET"]),
+            Route("/feedback", self._take_feedback, methods=["POST"]),
+            *page,
+        ]
+        open_paths = {"/ping", "/health", "/ready", "/version", *(route.path for route in page)}  # type: ignore[attr-defined]
+        middleware = [
+            Middleware(Gate, keys=keys, limits=limits, observers=observers, open_paths=open_paths, server=self)
+        ]
+        if origins:
+            cors = Middleware(
+                CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"],
+                expose_headers=["x-request-id", "x-mlflow-trace-id"],
+            )  # fmt: skip
+            middleware.insert(0, cors)
+        # Everything else goes through to the gate.
+        self.app = Starlette(
+            routes=routes, middleware=middleware, exception_handlers={404: _not_found, 405: _not_allowed}
+        )
+        self._observers = observers
+
+    async def _chat(self, request: HttpRequest) -> Response:
+        return await self._answer(request, openai.parse_chat)
+
+    async def _completions(self, request: HttpRequest) -> Response:
+        return await self._answer(request, openai.parse_completion)
+
+    async def _answer(self, request: HttpRequest, parse: Callable[..., openai.Wanted]) -> Response:
+        """A completion of either kind, whole or as a stream."""
+        body = await self._body(request)
+        async with AsyncExitStack() as stack:
+            loaded, record = await self._lease(stack, request, body)
+            service = loaded.service
+            wanted = parse(body, service.defaults)
+            record.task, record.stream = wanted.kind, wanted.stream
+            pieces = await self._start(service, wanted, record)
+            stack.callback(pieces.cancel)
+            shape = openai.Shape(wanted, [run.answer for run in pieces.runs], loaded.name, service.tokens)
+            if not wanted.stream:
+                return await self._whole(request, pieces, shape, record)
+
+            async def events(first: tuple[int, Any], rest: AsyncIterator[tuple[int, Any]]) -> AsyncIterator[bytes]:
+                for chunk in shape.chunks(*first):
+                    yield event(chunk)
+                async for place, piece in rest:
+                    for chunk in shape.chunks(place, piece):
+                        yield event(chunk)
+                for chunk in shape.last():
+                    yield event(chunk)
+                yield DONE
+
+            return await self._stream(request, stack, pieces, events, lambda error: event(error.body), record)
+
+    async def _responses(self, request: HttpRequest) -> Response:
+        body = await self._body(request)
+        async with AsyncExitStack() as stack:
+            loaded, record = await self._lease(stack, request, body)
+            try:
+                wanted = responses.parse(body, loaded.service.defaults)
+                record.task, record.stream = wanted.kind, wanted.stream
+                pieces = await self._start(loaded.service, wanted, record)
+            except InvalidRequest as error:
+                raise responses.renamed(error, body) from None
+            stack.callback(pieces.cancel)
+            shape = responses.Shape(body, wanted.requests[0].options, pieces.runs[0].answer, loaded.name)
+            if not wanted.stream:
+                return await self._whole(request, pieces, shape, record)
+
+            async def events(first: tuple[int, Any], rest: AsyncIterator[tuple[int, Any]]) -> AsyncIterator[bytes]:
+                for each in shape.begin():
+                    yield event(each, each["type"])
+                for each in shape.pieces(first[1]):
+                    yield event(each, each["type"])
+                async for _, piece in rest:
+                    for each in shape.pieces(piece):
+                        yield event(each, each["type"])
+
+            def failed(error: HttpError) -> bytes:
+                told = shape.failed(str(error), error.code)
+                return event(told, told["type"])
+
+            return await self._stream(request, stack, pieces, events, failed, record)
+
+    async def _invocations(self, request: HttpRequest) -> Response:
+        """MLflow's own route, by MLflow's own app; or as a stream, where the body asks for one."""
+        content = await self._content(request)
+        async with AsyncExitStack() as stack:
+            loaded, record = await self._lease(stack, request, {})
+            body = invocations.streamed(request.headers.get("content-type"), content)
+            if body is None:
+                return await while_connected(request.receive, invocations.forward(loaded.scoring, request, content))
+            service = loaded.service
+            record.body, record.stream, record.task = body, True, service.task
+            try:
+                prepared = await asyncio.to_thread(self._prepared, service, [service.parse(body)])
+                pieces = self._run(service, prepared, record)
+            except Exception as error:
+                return invocations.refused(error)
+            stack.callback(pieces.cancel)
+            shape = invocations.Shape(service, pieces.runs[0].answer)
+
+            async def events(first: tuple[int, Any], rest: AsyncIterator[tuple[int, Any]]) -> AsyncIterator[bytes]:
+                for chunk in shape.chunks(first[1]):
+                    yield event(chunk)
+                async for _, piece in rest:
+                    for chunk in shape.chunks(piece):
+                        yield event(chunk)
+                yield DONE
+
+            return await self._stream(request, stack, pieces, events, invocations.failed, record, invocations.refused)
+
+    async def _start(self, service: Service, wanted: openai.Wanted, record: Record) -> Pieces:
+        # Long texts take time to be read, and schemas to be compiled; others go on meanwhile.
+        prepared = await asyncio.to_thread(self._prepared, service, wanted.requests)
+        return self._run(service, prepared, record)
+
+    @staticmethod
+    def _prepared(service: Service, requests: Sequence[chat.Request]) -> list[Prepared]:
+        return [service.prepare(each) for each in requests]
+
+    def _run(self, service: Service, prepared: Sequence[Prepared], record: Record) -> Pieces:
+        deadline = time.monotonic() + self.limits.seconds
+        pieces = Pieces(deadline)
+        for observer in self._observers:
+            observer.begun(record)
+        try:
+            for each in prepared:
+                pieces.runs.append(service.run(each, deliver=pieces.deliver(), deadline=deadline))
+        except BaseException:
+            pieces.cancel()
+            raise
+        finally:
+            record.runs = pieces.runs
+        return pieces
+
+    async def _whole(self, request: HttpRequest, pieces: Pieces, shape: _Shape, record: Record) -> Response:
+        async def take() -> None:
+            async for _ in pieces:
+                pass
+
+        await while_connected(request.receive, take())
+        return JSONResponse(shape.whole(), headers=_headers(record))
+
+    async def _stream(
+        self,
+        request: HttpRequest,
+        stack: AsyncExitStack,
+        pieces: Pieces,
+        events: Callable[[tuple[int, Any], AsyncIterator[tuple[int, Any]]], AsyncIterator[bytes]],
+        failed: Callable[[HttpError], bytes],
+        record: Record,
+        refused: Callable[[Exception], Response] | None = None,
+    ) -> Response:
+        """The stream, once there is a first piece: what fails before it is an error with a status."""
+        arriving = aiter(pieces)
+        try:
+            first = await while_connected(request.receive, anext(arriving))
+        except ClientLeft:
+            raise
+        except Exception as error:
+            if refused is None:
+                raise
+            return refused(error)
+        return EventStream(
+            events(first, arriving),
+            failed,
+            stack.pop_all(),
+            write_timeout=self.limits.write_seconds,
+            headers=_headers(record),
+        )
+
+    async def _lease(
+        self, stack: AsyncExitStack, request: HttpRequest, body: Mapping[str, Any]
+    ) -> tuple[Loaded, Record]:
+        record: Record = request.state.record
+        name = body.get("model")
+        if name is not None and not isinstance(name, str):
+            raise HttpError(
+                400, f"`model` is {shorten(name)}; it must be a string", param="model", code="invalid_value"
+            )
+        record.model, record.body = self.models.find(name).name, body
+        loaded = await while_connected(request.receive, stack.enter_async_context(self.models.lease(name)))
+        record.model, record.model_id = loaded.name, loaded.model_id
+        return loaded, record
+
+    async def _content(self, request: HttpRequest) -> bytes:
+        """The request's body, all of it."""
+        try:
+            return await asyncio.wait_for(request.body(), self.limits.body_seconds)
+        except TimeoutError:
+            problem = f"the body has not arrived within {self.limits.body_seconds:g} seconds"
+            raise HttpError(408, problem, code="request_timeout") from None
+
+    async def _body(self, request: HttpRequest) -> dict[str, Any]:
+        """The request's body as an object."""
+        return json_object(request.headers.get("content-type"), await self._content(request))
+
+    async def _list(self, request: HttpRequest) -> Response:
+        return JSONResponse({"object": "list", "data": self.models.list()})
+
+    async def _model(self, request: HttpRequest) -> Response:
+        name = self.models.find(request.path_params["name"]).name
+        return JSONResponse(next(entry for entry in self.models.list() if entry["id"] == name))
+
+    async def _tokenize(self, request: HttpRequest) -> Response:
+        return await self._tokens(request, tokenize.tokenize)
+
+    async def _detokenize(self, request: HttpRequest) -> Response:
+        return await self._tokens(request, tokenize.detokenize)
+
+    async def _tokens(
+        self, request: HttpRequest, function: Callable[[Mapping[str, Any], Service], dict[str, Any]]
+    ) -> Response:
+        body = await self._body(request)
+        async with AsyncExitStack() as stack:
+            loaded, _ = await self._lease(stack, request, body)
+            return JSONResponse(await asyncio.to_thread(function, body, loaded.service))
+
+    async def _health(self, request: HttpRequest) -> Response:
+        dead = [loaded.name for loaded in self.models.loaded() if not loaded.service.statistics().alive]
+        if dead:
+            problem = f"the model {', '.join(dead)} has ended and is loaded again at the next request"
+            raise HttpError(503, problem, kind="server_error", code="unavailable")
+        return Response("\n", media_type="application/json")
+
+    async def _ready(self, request: HttpRequest) -> Response:
+        state = [(loaded, loaded.service.statistics()) for loaded in self.models.loaded()]
+        room = [each for each in state if each[1].has_room]
+        if self.draining or not room:
+            problem = (
+                "is ending" if self.draining else "has no model with room in its queue" if state else "has no model"
+            )
+            raise HttpError(503, f"the server {problem}", kind="server_error", code="unavailable", retry_after=5)
+        return Response("\n", media_type="application/json")
+
+    async def _version(self, request: HttpRequest) -> Response:
+        import mlflow.version
+
+        return PlainTextResponse(mlflow.version.VERSION, media_type="application/json")
+
+    async def _metrics_text(self, request: HttpRequest) -> Response:
+        content = b"" if self._metrics is None else self._metrics(self.models.loaded())
+        return Response(content, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def _take_feedback(self, request: HttpRequest) -> Response:
+        body = await self._body(request)
+        trace, value = body.get("trace_id"), body.get("value")
+        if not isinstance(trace, str) or not isinstance(value, bool) or set(body) - {"trace_id", "value"}:
+            raise HttpError(400, "the body must be an object with `trace_id`, a string, and `value`, true or false")
+        if self._feedback is None:
+            raise HttpError(404, "answers are not traced here: the server needs --trace", code="not_found")
+        await self._feedback(trace, value)
+        return JSONResponse({"ok": True})
+
+
+def json_object(content_type: str | None, content: bytes) -> dict[str, Any]:
+    """A body as an object.
+
+    Raises:
+        HttpError: it is none.
+    """
+    kind = (content_type or "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise HttpError(415, f"the content type is {shorten(kind)}; it must be application/json")
+    try:
+        body = json.loads(content, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else shorten(str(error), 120)
+        raise HttpError(400, f"the body is not valid JSON: {reason}", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise HttpError(400, "the body must be a JSON object", code="invalid_json")
+    return body
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _headers(record: Record) -> dict[str, str]:
+    return {} if record.trace_id is None else {"x-mlflow-trace-id": record.trace_id}
+
+
+async def _not_found(request: HttpRequest, error: Exception) -> Response:
+    return HttpError(404, f"there is nothing at {shorten(request.url.path)}", code="not_found").response()
+
+
+async def _not_allowed(request: HttpRequest, error: Exception) -> Response:
+    return HttpError(405, f"{request.method} is not taken at {request.url.path}", code="method_not_allowed").response()

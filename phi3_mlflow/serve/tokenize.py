@@ -1,0 +1,61 @@
+"""Bodies of /tokenize and /detokenize, in the shape of vLLM's server. Knows no HTTP."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from phi3_mlflow.runtime.errors import InvalidRequest, shorten
+from phi3_mlflow.runtime.options import Flag, Options
+from phi3_mlflow.runtime.service import Service
+
+from . import openai
+
+_MOST_TOKENS = 1_000_000
+
+
+def tokenize(body: Mapping[str, Any], service: Service) -> dict[str, Any]:
+    """`prompt`, or `messages` as the model would read them, as token ids.
+
+    Args:
+        body: also `add_special_tokens` (BOS before a prompt, the default) and `return_token_strs`.
+        service: of the model.
+
+    Raises:
+        InvalidRequest: names the field, the value and what is allowed.
+    """
+    values = {name: value for name, value in body.items() if value is not None}
+    strings = Flag().check("return_token_strs", values.pop("return_token_strs", False))
+    if "messages" in values:
+        if Flag().check("add_generation_prompt", values.pop("add_generation_prompt", True)) is False:
+            raise InvalidRequest("add_generation_prompt", "is false; prompts of this server always end with one")
+        request = openai.parse_chat(values, Options()).requests[0]
+        ids = service.tokens.encode_chat(request.prompt)  # type: ignore[arg-type]
+    else:
+        special = Flag().check("add_special_tokens", values.pop("add_special_tokens", True))
+        prompt = values.pop("prompt", None)
+        if not isinstance(prompt, str):
+            raise InvalidRequest("prompt", f"is {shorten(prompt)}; it must be a string, or give `messages`")
+        for name in values:
+            raise InvalidRequest(name, "is not a field of this request")
+        ids = service.tokens.encode_text(prompt, bos=special)
+    found: dict[str, Any] = {"count": len(ids), "max_model_len": service.context_length, "tokens": ids}
+    text = service.tokens.decoder()
+    return found | {"token_strs": [text.piece(token).decode("utf-8", "replace") for token in ids] if strings else None}
+
+
+def detokenize(body: Mapping[str, Any], service: Service) -> dict[str, Any]:
+    """`tokens` as text, control tokens left out.
+
+    Raises:
+        InvalidRequest: names the field, the value and what is allowed.
+    """
+    ids = body.get("tokens")
+    for name in body:
+        if name != "tokens":
+            raise InvalidRequest(name, "is not a field of this request; it has `tokens`")
+    if not isinstance(ids, list) or len(ids) > _MOST_TOKENS:
+        raise InvalidRequest("tokens", f"is {shorten(ids)}; it must be a list of at most {_MOST_TOKENS} token ids")
+    for place, token in enumerate(ids):
+        if type(token) is not int or not 0 <= token < service.tokens.vocab_size:
+            allowed = f"it must be a token id below {service.tokens.vocab_size}"
+            raise InvalidRequest(f"tokens[{place}]", f"is {shorten(token)}; {allowed}")
+    return {"prompt": service.tokens.decode(ids)}
