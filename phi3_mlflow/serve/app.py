@@ -276,15 +276,12 @@ class Server:
             headers=_headers(record),
         )
 
-    async def _lease(
-        self, stack: AsyncExitStack, request: HttpRequest, body: Mapping[str, Any]
-    ) -> tuple[Loaded, Record]:
+    async def _lease(self, stack: AsyncExitStack, request: HttpRequest, body: dict[str, Any]) -> tuple[Loaded, Record]:
+        """The model that a body names, until the stack is closed. The name goes from the body."""
         record: Record = request.state.record
-        name = body.get("model")
+        name = body.pop("model", None)
         if name is not None and not isinstance(name, str):
-            raise HttpError(
-                400, f"`model` is {shorten(name)}; it must be a string", param="model", code="invalid_value"
-            )
+            raise InvalidRequest("model", f"is {shorten(name)}; it must be a string")
         record.model, record.body = self.models.find(name).name, body
         loaded = await while_connected(request.receive, stack.enter_async_context(self.models.lease(name)))
         record.model, record.model_id = loaded.name, loaded.model_id
