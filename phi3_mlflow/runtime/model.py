@@ -33,6 +33,7 @@ from .runs import Run
 from .service import Prepared, Service
 from .settings import settings_of
 from .signatures import RESPONSE_FORMAT_OMITTED
+from .tracing import Span
 
 _logger = logging.getLogger(__name__)
 
@@ -117,9 +118,10 @@ class Predictor:
         service: the same, for those who want more of it than MLflow's two calls.
     """
 
-    def __init__(self, service: Service, on_error: str = "raise"):
+    def __init__(self, service: Service, on_error: str = "raise", model_id: str | None = None):
         self.service = service
         self._on_error = on_error
+        self._model_id = model_id
         weakref.finalize(self, service.close)
 
     def __reduce__(self) -> Any:
@@ -144,8 +146,12 @@ class Predictor:
             ModelUnavailable: the model takes no requests any more.
             AnswerFailed: the model failed.
         """
-        deadline = hosting.deadline()
         rows = data.to_dict(orient="records")
+        with Span(self.service.name, self._model_id, {"rows": rows, "params": params}) as span:
+            return self._answers(rows, params, span)
+
+    def _answers(self, rows: list[dict[Any, Any]], params: Mapping[str, Any] | None, span: Span) -> list[Any]:
+        deadline = hosting.deadline()
         places = [f"row {index}: " if len(rows) > 1 else "" for index in range(len(rows))]
         answers: list[Any] = [None] * len(rows)
         good: list[int] = []
@@ -170,8 +176,11 @@ class Predictor:
                     answers[good[index]] = self._response(answer, deadline, place)
                 except Exception as error:
                     answers[good[index]] = self._instead(error, place)
+                else:
+                    span.answered(answer)
         finally:
             table.cancel()
+        span.outputs = answers
         return answers
 
     def predict_stream(self, data: Any, params: Mapping[str, Any] | None = None) -> Iterator[Any]:
@@ -192,10 +201,11 @@ class Predictor:
             AnswerFailed: the model failed; this one may come with any piece, the others come at the call.
         """
         try:
-            run = self.service.run(self._prepare(_single_row(data), params, stream=True))
+            row = _single_row(data)
+            run = self.service.run(self._prepare(row, params, stream=True))
         except Exception as error:
             raise clean(error) from None
-        pieces = self._stream(run)
+        pieces = self._stream(run, Span(self.service.name, self._model_id, {"rows": [row], "params": params}))
         # A generator that was never begun does not get to its `finally`.
         weakref.finalize(pieces, run.cancel).atexit = False
         return pieces
@@ -223,21 +233,23 @@ class Predictor:
 
     def _instead(self, error: Exception, place: str) -> Any:
         """What stands for a row that has no answer; or raises the error, where that is the setting."""
-        cleaned = clean(error, place)
         if self._on_error == "raise":
-            raise cleaned from None
-        if self.service.task == "flat":
-            return None
-        return {"error": {"field": getattr(error, "field", None), "message": clean(error).text}}
+            raise clean(error, place) from None
+        message = clean(error).text
+        return (
+            None
+            if self.service.task == "flat"
+            else {"error": {"field": getattr(error, "field", None), "message": message}}
+        )
 
-    def _stream(self, run: Run) -> Iterator[Any]:
+    def _stream(self, run: Run, span: Span) -> Iterator[Any]:
         opened: set[int] = set()
-        task, name = self.service.task, self.service.name
         try:
-            for piece in run:
-                yield from chunks(run.answer, task, name, piece, opened)
-        except GeneratorExit:
-            raise
+            with span:
+                for piece in run:
+                    yield from chunks(run.answer, self.service.task, self.service.name, piece, opened)
+                span.answered(run.answer)
+                span.outputs = [choice.text for choice in run.answer.choices]
         except Exception as error:
             raise clean(error) from None
         finally:
@@ -299,7 +311,7 @@ def load(folder: Path, config: Mapping[str, Any] | None = None) -> Predictor:
         pipeline = mlflow.transformers.load_model(str(folder))
         service = loading.load_pipeline(folder / "components" / "tokenizer", pipeline, config)
     hosting.attend(partial(service.close, wait=False))
-    return Predictor(service, config.get("on_error") or "raise")
+    return Predictor(service, config.get("on_error") or "raise", logged.model_id)
 
 
 def _progress(ended: Iterable[tuple[int, Any]], total: int) -> Iterable[tuple[int, Any]]:
