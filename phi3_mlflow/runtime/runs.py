@@ -5,6 +5,7 @@ import logging
 import queue
 import threading
 import time
+from array import array
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -41,6 +42,7 @@ class Run:
         error: what ended the request, where it failed.
         jobs: one for each choice.
         came, begun, first_token, ended: when, on time.monotonic()'s clock; 0 for what has not happened yet.
+        gaps: seconds between each token of a choice and the one before it.
         on_end: called in the scheduler's thread when all choices have ended, or one failed.
     """
 
@@ -61,6 +63,8 @@ class Run:
         self.jobs = [Job(each, self._deliver, deadline, renew=renew) for each in generations]
         self.came = time.monotonic()
         self.begun = self.first_token = self.ended = 0.0
+        self.gaps = array("d")
+        self._latest = [0.0] * len(generations)  # when each choice got its last token
         self.error: Exception | None = None
         self.on_end: Callable[[], object] = lambda: None
         self._deadline = deadline
@@ -174,8 +178,13 @@ class Run:
     def _note(self, piece: Piece) -> Piece:
         """Adds a piece to the answer."""
         job, choice = self.jobs[piece.choice], self.answer.choices[piece.choice]
-        if not self.first_token and job.generation.sampled:
-            self.begun, self.first_token = job.admitted, time.monotonic()
+        if job.generation.sampled > choice.tokens:
+            now = time.monotonic()
+            if choice.tokens:
+                self.gaps.append(now - self._latest[piece.choice])
+            elif not self.first_token:
+                self.begun, self.first_token = job.admitted, now
+            self._latest[piece.choice] = now
         self.answer.cached_tokens = self.jobs[0].reused
         choice.text += piece.text
         choice.tokens = job.generation.sampled

@@ -51,6 +51,9 @@ class Scheduler:
         queue_timeout: how many seconds a request may wait until it is begun; None for any time.
         reuse: which keys and values of earlier prompts and answers a prompt may begin with.
         renew_after: seconds without work after which answers are prefilled again; None for never.
+
+    Attributes:
+        counts: what has been done so far; the thread goes on counting in it.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class Scheduler:
         self._chunks = itertools.count(1)
         self._swept = time.monotonic()
         self._renew_at = 0.0  # on time.monotonic()'s clock
-        self._counts = Counts()
+        self.counts = Counts()
         self._step_began: float | None = None
         # Guards the queue, the slots' jobs and the counts. The thread waits on it for work; `submit` and `close` wake
         # it. Nobody is called back, and the decoder is not called, while it is held.
@@ -127,8 +130,9 @@ class Scheduler:
                 capacity=self._decoder.capacity,
                 held=sum(len(slot.tokens) for slot in self._slots),
                 alive=not (forked or self._ended or self._closing),
+                used=sum(len(slot.tokens) for slot in self._slots if slot.job is not None),
                 step_seconds=0.0 if began is None else time.monotonic() - began,
-                **vars(self._counts),
+                **vars(self.counts),
             )
 
     def close(self, *, wait: bool = True) -> None:
@@ -267,7 +271,7 @@ class Scheduler:
             try:
                 if slot.fresh:
                     self._prefixes.begin(slot, slot.job)
-                    self._counts.cached += slot.job.reused
+                    self.counts.cached += slot.job.reused
             except Exception as error:
                 _logger.exception("the decoder failed")
                 self._fail(slot, error)
@@ -313,7 +317,7 @@ class Scheduler:
         assert slot.job is not None
         generation = slot.job.generation
         prefilled = self._prefixes.write(slot, part.ids)
-        self._counts.computed += len(part.ids) if prefilled else 0
+        self.counts.computed += len(part.ids) if prefilled else 0
         if logits is None:
             return
         try:
@@ -325,7 +329,7 @@ class Scheduler:
         except Exception as error:  # the answer's own failure, or numbers that are none
             self._fail(slot, error)
             return
-        self._counts.generated += 1
+        self.counts.generated += 1
         self._deliver(slot.job if piece.reason is None else self._free(slot), piece)
 
     def _renew(self) -> None:
@@ -346,7 +350,7 @@ class Scheduler:
             self._prefixes.forget(slot)
         else:
             self._prefixes.write(slot, part.ids)
-            self._counts.renewed += len(part.ids)
+            self.counts.renewed += len(part.ids)
         # Nobody waits for it: others get as much of the machine, and of Python's global lock.
         now = time.monotonic()
         self._renew_at = now + (now - start)
@@ -360,14 +364,14 @@ class Scheduler:
             self._renew_at = now + (self._renew_after or 0.0)
             took = now - job.admitted
             self._pace += (took - self._pace) * (0.2 if self._pace else 1.0)
-            self._counts.ended += 1
+            self.counts.ended += 1
         return job
 
     def _fail(self, slot: Slot, error: Exception) -> None:
         """Ends a slot's answer with an error, and forgets what the slot holds: nobody knows whether it is sound."""
         with self._wake:
             job, slot.job = slot.job, None
-            self._counts.failed += 1
+            self.counts.failed += 1
         self._prefixes.forget(slot)
         assert job is not None
         self._deliver(job, error)

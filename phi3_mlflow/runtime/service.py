@@ -19,7 +19,7 @@ from .grammar import Grammar, Grammars
 from .options import Options
 from .runs import Event, Run, Table
 from .scheduler import Scheduler
-from .statistics import Statistics
+from .statistics import Counts, Statistics
 from .stops import Stops
 from .tokens import Tokens
 
@@ -195,6 +195,11 @@ class Service:
     def statistics(self) -> Statistics:
         """What goes on, all of one moment."""
         return self._scheduler.statistics()
+
+    @property
+    def counts(self) -> Counts:
+        """What has been done so far. It goes on counting, and may be kept when the service is gone."""
+        return self._scheduler.counts
 
     def close(self, *, wait: bool = True) -> None:
         """Ends everything that is under way, with `Unavailable`, and frees the weights. Harmless the second time.

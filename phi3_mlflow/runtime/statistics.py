@@ -14,6 +14,7 @@ class Statistics:
         queue_limit: how many may; None for any number.
         capacity: how many tokens the KV cache has room for.
         held: how many tokens it holds, those kept for later prompts included.
+        used: how many of them belong to answers that have a slot.
         computed: tokens of prompts that were computed.
         cached: tokens of prompts that were in the KV cache already.
         generated: tokens that were sampled.
@@ -30,6 +31,7 @@ class Statistics:
     queue_limit: int | None
     capacity: int
     held: int
+    used: int
     computed: int
     cached: int
     generated: int
@@ -47,7 +49,7 @@ class Statistics:
 
 @dataclass
 class Counts:
-    """What has been done so far; see Statistics."""
+    """What has been done so far; see Statistics. May be kept when the scheduler is gone."""
 
     computed: int = 0
     cached: int = 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from phi3_mlflow.runtime.runs import Run
+from phi3_mlflow.runtime.service import Service
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Record:
         key: the name of the API key; None where no key was asked for.
         session, user: what the headers `x-session-id` and `x-user-id` say, for traces.
         model: the served model's name; None while it is not known, or where there is none.
+        service: what answers; None while it is not known, or where nothing is asked of a model.
         model_id: of its LoggedModel; None where it has none.
         task: of the body: `llm/v1/chat` or `llm/v1/completions`.
         stream: whether the answer is streamed.
@@ -41,6 +43,7 @@ class Record:
     session: str | None = None
     user: str | None = None
     model: str | None = None
+    service: Service | None = None
     model_id: str | None = None
     task: str | None = None
     stream: bool = False
