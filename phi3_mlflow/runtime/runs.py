@@ -164,6 +164,8 @@ class Run:
             event = self._note(event)
             if not (event.text or event.reason):
                 return
+        if not self._open:
+            self.ended = time.monotonic()  # before whoever takes the last piece looks
         try:
             with self._way:
                 self._sink(event)
@@ -172,7 +174,6 @@ class Run:
             self._sink = lambda event: None
             self.cancel()
         if not self._open:
-            self.ended = time.monotonic()
             self.on_end()
 
     def _note(self, piece: Piece) -> Piece:
