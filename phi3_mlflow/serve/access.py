@@ -49,7 +49,7 @@ class AccessLog:
             fields["error"] = _QUOTED.sub("[...]", record.error)
         self.lines.put(fields, weight)
 
-    def close(self, seconds: float) -> None:
+    def close(self, seconds: float = 5.0) -> None:
         """Writes what waits, for at most so long. The stream stays open."""
         self.lines.close(seconds)
 

@@ -1,4 +1,4 @@
-"""Work that nobody waits for: a bounded queue, and one daemon thread that empties it. Knows nothing of what the work is."""
+"""Work that nobody waits for: a bounded queue, and one daemon thread that empties it. Knows nothing of the work."""
 
 import contextlib
 import logging
@@ -69,7 +69,7 @@ class Background(Generic[Item]):
         self._lose(1, "it was closed" if self._closing else "too many wait already")
         return False
 
-    def close(self, seconds: float) -> None:
+    def close(self, seconds: float = 5.0) -> None:
         """Takes nothing more, and gives what waits some time to be done; the rest is lost. Harmless the second time."""
         with self._wake:
             self._closing = True

@@ -49,6 +49,13 @@ _HISTOGRAMS: dict[str, tuple[Sequence[float], str]] = {
     "vllm:request_generation_tokens": (_TOKENS, "Tokens that were sampled for a request, over all its choices."),
 }
 
+# Paths that are a label's value as they are; what else clients may think of is not.
+_ROUTES = frozenset(
+    "/ /invocations /ping /health /ready /version /metrics /feedback /tokenize /detokenize /v1/chat/completions "
+    "/v1/completions /v1/responses /v1/models".split()
+)
+_METHODS = frozenset(("GET", "HEAD", "POST", "OPTIONS"))
+
 # Counters and gauges that the statistics of a model's services add up to.
 _ENGINE_COUNTERS = {
     "vllm:prompt_tokens": "Tokens of prompts, computed or cached, for each choice of an answer.",
@@ -149,7 +156,9 @@ class Metrics:
         model = record.model or ""
         with self._lock:
             self._open.discard(id(record))
-            self._requests[record.method, record.route, str(record.status), model] += 1
+            method = record.method if record.method in _METHODS else "other"
+            route = record.route if record.route in _ROUTES else "other"
+            self._requests[method, route, str(record.status), model] += 1
             for run in record.runs:
                 if run.ended:
                     self._count(model, record.came, run)

@@ -34,7 +34,7 @@ from opentelemetry.sdk.trace import RandomIdGenerator, Tracer
 from opentelemetry.trace import Status, StatusCode
 
 from phi3_mlflow.runtime.answers import Answer
-from phi3_mlflow.runtime.chat import completion
+from phi3_mlflow.runtime.chat import Task, completion
 from phi3_mlflow.runtime.errors import Phi3Error
 
 from .background import Background, weigh
@@ -46,7 +46,7 @@ _logger = logging.getLogger(__name__)
 # What may wait for a slow tracking server, in traces and in bytes; and how much of it one request.
 _TRACES, _ROOM, _REQUEST = 1000, 64 << 20, 1 << 20
 # So many of the last traces take feedback.
-_REMEMBERED = 100_000
+_REMEMBERED = 10_000
 # MLflow's limit for the values of a trace's metadata, in characters.
 _METADATA = 250
 # Where MLflow says that a trace could not be written; it raises nothing.
@@ -89,7 +89,9 @@ class Traces:
         if not 0 <= rate <= 1:
             raise TracesError(f"the rate of traces is {rate:g}; it must be from 0 to 1")
         if MLFLOW_TRACE_SAMPLING_RATIO.get() not in (None, 1.0):
-            problem = f"{MLFLOW_TRACE_SAMPLING_RATIO.name} is {MLFLOW_TRACE_SAMPLING_RATIO.get()}, and would drop traces"
+            problem = (
+                f"{MLFLOW_TRACE_SAMPLING_RATIO.name} is {MLFLOW_TRACE_SAMPLING_RATIO.get()}, and would drop traces"
+            )
             raise TracesError(f"{problem} whose ids were given out; unset it, and set the rate of traces here")
         self._rate = rate
         self._ids = _ChosenIds()
@@ -163,9 +165,7 @@ class Traces:
         if not ended:
             raise HttpError(409, f"the answer of {trace_id} has not ended; try again then", param="trace_id")
         source = AssessmentSource(AssessmentSourceType.HUMAN, (user or "anonymous")[:_METADATA])
-        work = partial(
-            mlflow.log_feedback, trace_id=trace_id, name=name, value=value, rationale=comment, source=source
-        )
+        work = partial(mlflow.log_feedback, trace_id=trace_id, name=name, value=value, rationale=comment, source=source)
         future: Future[None] = Future()
         # Behind its trace where that waits, or else before all traces that do.
         if not self.queue.put(partial(_settle, future, work), first=trace_id not in self._unwritten):
@@ -181,7 +181,7 @@ class Traces:
             _logger.warning("feedback was not taken: %s", _one_line(error))
             raise _not_taken("the server's log says why") from None
 
-    def close(self, seconds: float) -> None:
+    def close(self, seconds: float = 5.0) -> None:
         """Writes what waits, for at most so long; the rest is dropped."""
         self.queue.close(seconds)
         logging.getLogger(_EXPORT_LOG).removeFilter(self._failures)
@@ -339,7 +339,7 @@ def _outputs(record: Record, answers: Sequence[Answer]) -> dict[str, Any] | None
     """The response; of several prompts one with the choices of all, as the OpenAI reference has it."""
     if not answers:
         return {"error": record.error} if record.error else None
-    task = "llm/v1/completions" if record.task == "llm/v1/completions" else "llm/v1/chat"
+    task: Task = "llm/v1/completions" if record.task == "llm/v1/completions" else "llm/v1/chat"
     first, *others = (completion(answer, task, record.model or "") for answer in answers)
     for other in others:
         start = len(first["choices"])
