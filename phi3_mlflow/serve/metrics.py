@@ -51,8 +51,10 @@ _HISTOGRAMS: dict[str, tuple[Sequence[float], str]] = {
 
 # Paths that are a label's value as they are; what else clients may think of is not.
 _ROUTES = frozenset(
-    "/ /invocations /ping /health /ready /version /metrics /feedback /tokenize /detokenize /v1/chat/completions "
-    "/v1/completions /v1/responses /v1/models".split()
+    (
+        *("/", "/invocations", "/ping", "/health", "/ready", "/version", "/metrics", "/feedback"),
+        *("/tokenize", "/detokenize", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models"),
+    )
 )
 _METHODS = frozenset(("GET", "HEAD", "POST", "OPTIONS"))
 
