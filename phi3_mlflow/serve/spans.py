@@ -80,7 +80,7 @@ class Spans:
         if record.model_id is not None:
             metadata[TraceMetadataKey.MODEL_ID] = record.model_id
         if self._stored:
-            self._knock()
+            self.knock()
             attributes[SpanAttributeKey.EXPERIMENT_ID] = self._experiment(record.model_id)
         session = attributes[SpanAttributeKey.SESSION_ID] = (record.session or "")[:_METADATA] or None
         user = attributes[SpanAttributeKey.USER_ID] = (record.user or "")[:_METADATA] or None
@@ -101,18 +101,18 @@ class Spans:
         if self._failures.said is not None:
             raise TracesError(self._failures.said)
 
-    def close(self) -> None:
-        """Gives MLflow's log back what it says."""
-        _EXPORTER.removeFilter(self._failures)
-
-    def _knock(self) -> None:
-        """Fails at once where the tracking server is gone.
+    def knock(self) -> None:
+        """Returns where the tracking server is there, and fails at once where it is gone.
 
         MLflow would try again for minutes; and where a server does not answer when it is first asked for its version,
         MLflow takes it for an old one as long as the process lives.
         """
         if self._uri.startswith(("http://", "https://")):
             http_request(get_default_host_creds(self._uri), "/health", "GET", max_retries=0, timeout=3)
+
+    def close(self) -> None:
+        """Gives MLflow's log back what it says."""
+        _EXPORTER.removeFilter(self._failures)
 
     def _experiment(self, model_id: str | None) -> str | None:
         """The experiment of a logged model; None where there is no such model here, for the active one."""

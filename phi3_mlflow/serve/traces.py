@@ -153,6 +153,10 @@ class Traces:
             raise
         self._unwritten.discard(record.trace_id)
 
+    def _note(self, **feedback: Any) -> None:
+        self._spans.knock()
+        mlflow.log_feedback(**feedback)
+
     def _forget(self, trace_id: str) -> None:
         self._known.pop(trace_id, None)
         self._unwritten.discard(trace_id)
