@@ -100,6 +100,19 @@ class _Served:
     counts: Counts
 
 
+@dataclass
+class _Families:
+    """Metrics of one moment, for a registry."""
+
+    metrics: list[Metric]
+
+    def describe(self) -> list[Metric]:
+        return self.metrics
+
+    def collect(self) -> list[Metric]:
+        return self.metrics
+
+
 class _Histogram:
     """How many values fell into which bucket."""
 
@@ -141,10 +154,7 @@ class Metrics:
         self._ending: list[tuple[str, float, Run]] = []
         self._served: list[_Served] = []
         self._gone: defaultdict[str, Counter[str]] = defaultdict(Counter)  # counts of services that are gone
-        self._loaded: Sequence[Loaded] = ()
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
-        ProcessCollector(registry=self._registry)
+        self._process = ProcessCollector(registry=None)
 
     def begun(self, record: Record) -> None:
         """Counts a request as one under way, and its service as one to be watched."""
@@ -174,22 +184,16 @@ class Metrics:
         Args:
             loaded: the models in memory.
         """
+        registry = CollectorRegistry()
         with self._lock:
             for each in loaded:
                 self._watch(each.name, each.service)
             self._settle()
-            self._loaded = loaded
-            try:
-                return generate_latest(self._registry)
-            finally:
-                self._loaded = ()
+            registry.register(_Families([*self._families(loaded), *self._process.collect()]))
+        return generate_latest(registry)  # what takes longest holds up nobody
 
-    def describe(self) -> list[Metric]:
-        """For the registry, which would collect at once otherwise."""
-        return []
-
-    def collect(self) -> Iterator[Metric]:
-        """For the registry. The lock is held."""
+    def _families(self, loaded: Sequence[Loaded]) -> Iterator[Metric]:
+        """All that is counted here. The lock is held."""
         yield from self._engine_metrics()
         for name, (_, text) in _HISTOGRAMS.items():
             family = HistogramMetricFamily(name, text, labels=["model_name"])
@@ -216,7 +220,7 @@ class Metrics:
         info = GaugeMetricFamily(
             "phi3_mlflow_model_info", "Models in memory.", labels=["model_name", "uri", "model_id", "version"]
         )
-        for each in self._loaded:
+        for each in loaded:
             info.add_metric([each.name, each.uri, each.model_id or "", each.version or ""], 1)
         yield info
         waiting = GaugeMetricFamily("phi3_mlflow_background_waiting", "Traces or lines that wait.", labels=["kind"])

@@ -82,7 +82,7 @@ def test_texts_are_left_out_unless_asked_for(service):
     ("error", "shown"),
     [
         ("`messages` is 'hello capital'; it must be a list", "`messages` is [...]"),
-        ("`stop[0]` is \"hello's capital\"; no", "`stop[0]` is [...]"),
+        ('`stop[0]` is "hello\'s capital"; no', "`stop[0]` is [...]"),
         ("`messages` is ['hello capit...; it must be", "`messages` is [[...]"),
         ("the server's log says why", "the server's log says why"),
         ("`n` is 0; it must be from 1 to 8", "`n` is 0; it must be from 1 to 8"),
@@ -133,7 +133,7 @@ def test_an_answer_that_was_cut_or_failed_is_told_from_one_that_ended(service):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
 def test_a_full_disk_loses_lines_and_nothing_else(caplog):
-    with open("/dev/full", "w") as stream:  # noqa: SIM115
+    with open("/dev/full", "w") as stream:
         log = AccessLog(stream)
         for _ in range(100):
             log.ended(Record("GET", "/health", status=200))

@@ -73,7 +73,7 @@ def test_the_weight_of_what_waits_is_bounded(background):
 
 def test_an_urgent_item_goes_before_all_that_wait(background):
     go, begun, seen = threading.Event(), threading.Event(), []
-    queue = background(lambda item: begun.set() or go.wait(PATIENCE) and seen.append(item))
+    queue = background(lambda item: begun.set() or (go.wait(PATIENCE) and seen.append(item)))
     queue.put(0)
     assert begun.wait(PATIENCE)
     for item, first in ((1, False), (2, False), (3, True)):

@@ -316,9 +316,14 @@ def test_everything_adds_up_over_many_requests_that_are_answered_cancelled_faile
     assert seen["phi3_mlflow_requests_open",] == 0
     choices = [choice for run in runs for choice in run.answer.choices]
     finished = {key[1]: value for key, value in seen.items() if key[0] == "vllm:request_success_total"}
-    assert sum(finished.values()) == len(choices)
-    assert finished["error"] == sum(len(run.answer.choices) for run in runs if run.error)
-    assert finished["abort"] >= told[499]
+    reasons = [choice.reason for run in runs if not run.error for choice in run.answer.choices]
+    assert finished == {
+        "stop": reasons.count("eos"),
+        "length": reasons.count("max_tokens"),
+        "abort": reasons.count("cancelled"),
+        "error": len(choices) - len(reasons),
+    }
+    assert min(finished.values()) > 0
     assert seen["phi3_mlflow_answers_failed_total",] == sum(run.error is not None for run in runs)
     ended, failed = (seen[f"phi3_mlflow_answers_{how}_total",] for how in ("ended", "failed"))
     assert ended + failed <= len(choices)  # some were given up while they waited
