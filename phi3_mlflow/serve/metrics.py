@@ -100,7 +100,7 @@ class _Served:
     counts: Counts
 
 
-@dataclass
+@dataclass(eq=False)
 class _Families:
     """Metrics of one moment, for a registry."""
 
