@@ -284,7 +284,7 @@ class Server:
             raise InvalidRequest("model", f"is {shorten(name)}; it must be a string")
         record.model, record.body = self.models.find(name).name, body
         loaded = await while_connected(request.receive, stack.enter_async_context(self.models.lease(name)))
-        record.model, record.model_id = loaded.name, loaded.model_id
+        record.model, record.model_id, record.service = loaded.name, loaded.model_id, loaded.service
         return loaded, record
 
     async def _content(self, request: HttpRequest) -> bytes:

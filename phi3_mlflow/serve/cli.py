@@ -5,14 +5,14 @@ import logging
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TextIO
 
 import click
 
 
 def _names(given: tuple[str, ...], uris: tuple[str, ...]) -> list[tuple[str, str]]:
     """(served name, URI) of each model, in the order of the command line."""
-    from .models import default_name
+    from .folders import registered
 
     named = []
     for pair in given:
@@ -20,7 +20,7 @@ def _names(given: tuple[str, ...], uris: tuple[str, ...]) -> list[tuple[str, str
         if not (name and separator and uri):
             raise click.UsageError(f"--name {pair!r} is not of the form NAME=URI")
         named.append((name, uri))
-    named += [(default_name(uri), uri) for uri in uris]
+    named += [((registered(uri) or [Path(uri).name])[0], uri) for uri in uris]
     names = [name for name, _ in named]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise click.UsageError(f"two models would be called {twice[0]!r}: give them names with --name NAME=URI")
@@ -87,10 +87,13 @@ def serve(
     from . import page
     from .access import AccessLog
     from .app import Limits, Server
+    from .background import Background
     from .keys import read
     from .metrics import Metrics
-    from .models import Models, Spec
+    from .models import Models
+    from .records import Observer
     from .server import Process, is_public, listen
+    from .served import Spec
     from .server import serve as run
     from .traces import Traces
 
@@ -113,18 +116,24 @@ def serve(
             watch_seconds=watch_seconds,
             settings=settings,
         )
-        metrics = Metrics()
-        observers: list[Any] = [metrics]
+        observers: list[Observer] = []
+        backgrounds: dict[str, Background] = {}
         traces = None
         if trace is not None:
             traces = Traces(trace)
-            observers.append(traces)
             stack.callback(traces.close)
+            observers.append(traces)
+            backgrounds["traces"] = traces.queue
         if access_log != "none":
-            stream: IO[str] = sys.stderr
+            lines: TextIO = sys.stderr
             if access_log != "-":
-                stream = stack.enter_context(Path(access_log).open("a", encoding="utf-8"))
-            observers.append(AccessLog(stream, prompts=log_prompts))
+                lines = stack.enter_context(Path(access_log).open("a", encoding="utf-8"))
+            log = AccessLog(lines, prompts=log_prompts)
+            stack.callback(log.close)
+            observers.append(log)
+            backgrounds["access log"] = log.lines
+        metrics = Metrics(**backgrounds)
+        observers.append(metrics)
         listening = listen(process)
         limits = Limits(body=max_body, seconds=timeout, concurrent=max_concurrent)
         server = Server(

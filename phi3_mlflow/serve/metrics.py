@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -22,6 +22,7 @@ from phi3_mlflow.runtime.statistics import Counts, Statistics
 
 from .background import Background
 from .records import Record
+from .served import Loaded
 
 # vllm/v1/metrics/buckets.py, so that dashboards made for vLLM fit.
 _TO_FIRST_TOKEN = (
@@ -79,16 +80,6 @@ _ENGINE_GAUGES = {
     "phi3_mlflow_decoder_step_seconds": "How long the present step of the decoder has been going on; 0 between steps.",
     "phi3_mlflow_scheduler_alive": "Whether the model takes requests, 1 or 0.",
 }
-
-
-class Loaded(Protocol):
-    """A model in memory."""
-
-    name: str
-    uri: str
-    model_id: str | None
-    version: str | None
-    service: Service
 
 
 @dataclass
