@@ -92,8 +92,8 @@ def serve(
     from .metrics import Metrics
     from .models import Models
     from .records import Observer
-    from .server import Process, is_public, listen
     from .served import Spec
+    from .server import Process, is_public, listen
     from .server import serve as run
     from .traces import Traces
 

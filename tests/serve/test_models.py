@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import mlflow
 import pytest
-from logged import MADRID, SPAIN, Slow, answer, ask, damaged, logged, register, until
+from logged import MADRID, SPAIN, Slow, answer, ask, damaged, register, until
 
 from phi3_mlflow.builders import onnx
 from phi3_mlflow.runtime.errors import Phi3Error, Unavailable
