@@ -32,7 +32,7 @@ READS = {
     "presence_penalty": "a number from -2 to 2",
     "repetition_penalty": "a number above 0 up to 10",
     "repeat_last_n": "an integer of at least -1",
-    "max_time": "a number above 0",
+    "max_time": "a number of at least 0",
     "top_logprobs": "an integer from 0 to 20",
 }
 EDGES = {
@@ -40,14 +40,14 @@ EDGES = {
     "top_p": ([TINY, 0.5, 1, 1.0], [0, 0.0, -0.1, math.nextafter(1, 2)]),
     "top_k": ([0, 1, 40, 40.0, 10**30, 10**400], [-1, 0.5, 1e-9]),
     "min_p": ([0, TINY, 1], [-TINY, math.nextafter(1, 2)]),
-    "seed": ([0, -1, -(2**63), 2**63 - 1, 2.0**62], [2**63, -(2**63) - 1, 2.0**63, 1.5, 10**400]),
+    "seed": ([0, -2, -(2**63), 2**63 - 1, 2.0**62], [2**63, -(2**63) - 1, 2.0**63, 1.5, 10**400]),
     "max_tokens": ([1, 512, 10**30], [0, -1, 1.5]),
     "n": ([1, 16, 2.0], [0, 17, 1.5]),
     "frequency_penalty": ([-2, 0, 2], [math.nextafter(-2, -3), math.nextafter(2, 3)]),
     "presence_penalty": ([-2, 0, 2], [math.nextafter(-2, -3), math.nextafter(2, 3)]),
     "repetition_penalty": ([TINY, 1, 10], [0, -1, math.nextafter(10, 11)]),
     "repeat_last_n": ([-1, 0, 64, 10**30], [-2, 0.5]),
-    "max_time": ([TINY, 1, 1e300], [0, -1, 10**400]),
+    "max_time": ([TINY, 1, 1e300], [-TINY, -1, 10**400]),
     "top_logprobs": ([0, 1, 20, 20.0], [-1, 21, 0.5]),
 }
 NOT_NUMBERS = [True, False, "1", "", b"1", None, [], [1], {}, 1j, Decimal(1), math.nan, math.inf, -math.inf, np.True_]
@@ -81,6 +81,15 @@ def test_the_edges_of_a_range_are_exact_and_the_message_names_field_value_and_ra
         assert error.field == name
         shown = str(value) if len(str(value)) <= 60 else str(value)[:60] + "..."
         assert str(error) == f"`{name}` is {shown}; it must be {READS[name]}"
+
+
+def test_a_request_takes_a_default_seed_or_max_time_back():
+    defaults = Options(seed=7, max_time=5.0)
+    for seed in (-1, -1.0, np.int64(-1)):
+        assert defaults.with_values({"seed": seed}) == Options(max_time=5.0)
+    for max_time in (0, 0.0, -0.0):
+        assert defaults.with_values({"max_time": max_time}) == Options(seed=7)
+    assert defaults.with_values({"seed": None, "max_time": None}) == defaults
 
 
 @pytest.mark.parametrize("name", RANGES)
