@@ -261,12 +261,17 @@ class Scheduler:
         parts: dict[int, Part] = {}
         room = self._decoder.chunk
         waiting = [slot for slot in self._slots if slot.job is not None and slot.pending]
-        while room and waiting and (self._decoder.mixed or not parts):
-            if next(self._chunks) % _OLDEST == 0:
-                slot = min(waiting, key=lambda slot: slot.turn)
-            else:
-                slot = min(waiting, key=lambda slot: (len(slot.pending), slot.turn))
-            waiting.remove(slot)
+        waiting.sort(key=lambda slot: (len(slot.pending), slot.turn))
+        if waiting and next(self._chunks) % _OLDEST == 0:
+            oldest = min(waiting, key=lambda slot: slot.turn)
+            waiting.remove(oldest)
+            waiting.insert(0, oldest)
+        for slot in waiting:
+            if parts and not self._decoder.mixed:
+                break
+            # A chunk is never parted: its tokens are computed in the same company as in a fresh run.
+            if min(len(slot.pending), self._decoder.chunk) > room:
+                continue
             assert slot.job is not None
             try:
                 if slot.fresh:
@@ -276,7 +281,7 @@ class Scheduler:
                 _logger.exception("the decoder failed")
                 self._fail(slot, error)
                 continue
-            ids = slot.pending[:room]
+            ids = slot.pending[: self._decoder.chunk]
             wanted = len(ids) if slot.job.generation.reads_prompt else int(len(ids) == len(slot.pending))
             parts[slot.index] = Part(ids, wanted)
             room -= len(ids)
