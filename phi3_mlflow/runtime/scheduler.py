@@ -167,7 +167,7 @@ class Scheduler:
         finally:
             with self._wake:
                 self._ended = why
-            self._end_all(why)
+            self._end_all(why, forget=False)
             self._decoder.close()
 
     def _turn(self) -> None:
@@ -202,6 +202,8 @@ class Scheduler:
         with self._wake:
             ending = self._waiting.take_ending()
             late = [] if self._queue_timeout is None else self._waiting.take_late(self._queue_timeout)
+            self.counts.ended += len(ending)
+            self.counts.failed += len(late)
             patience = self._patience()
         for job in ending:
             self._deliver_end(job)
@@ -222,7 +224,9 @@ class Scheduler:
                     return
                 job = self._waiting.pop()
                 slot = None
-                if not job.ending():
+                if job.ending():
+                    self.counts.ended += 1
+                else:
                     slot = self._prefixes.choose(free, generation)
                     slot.job, slot.fresh, slot.turn, slot.renew = job, True, next(self._turns), job.renew
                     job.admitted = time.monotonic()
@@ -372,22 +376,26 @@ class Scheduler:
             self.counts.ended += 1
         return job
 
-    def _fail(self, slot: Slot, error: Exception) -> None:
+    def _fail(self, slot: Slot, error: Exception, *, forget: bool = True) -> None:
         """Ends a slot's answer with an error, and forgets what the slot holds: nobody knows whether it is sound."""
         with self._wake:
             job, slot.job = slot.job, None
             self.counts.failed += 1
-        self._prefixes.forget(slot)
         assert job is not None
-        self._deliver(job, error)
+        try:
+            if forget:
+                self._prefixes.forget(slot)
+        finally:
+            self._deliver(job, error)
 
-    def _end_all(self, error: Exception) -> None:
-        """Ends everything that runs or waits with an error."""
+    def _end_all(self, error: Exception, *, forget: bool = True) -> None:
+        """Ends everything that runs or waits with an error; without a call of the decoder where nothing may follow."""
         with self._wake:
+            self.counts.failed += self._waiting.unbegun
             batches = self._waiting.take_all()
         for slot in self._slots:
             if slot.job is not None:
-                self._fail(slot, error)
+                self._fail(slot, error, forget=forget)
         for batch in batches:
             self._tell(batch.fail, error)
 
