@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from phi3_mlflow.runtime.decoders.batched import _capacity
 from phi3_mlflow.runtime.decoders.kv import KVCache, machine_memory, position_bytes
+from phi3_mlflow.runtime.errors import InvalidRequest
 
 ROWS, HEADS, SIZE = 4, 2, 32
 
@@ -95,3 +97,43 @@ def test_memory_is_used_for_what_was_written_and_given_back_when_it_is_forgotten
 
 def test_the_machines_memory_is_known():
     assert 2**28 < machine_memory() < 2**50
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_swap_takes_memory_for_one_layers_part_besides(monkeypatch):
+    def used():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    kv = cache(8192, rows=2, layers=16)
+    for array in kv.arrays:
+        array[0] = 1
+    kv.lengths[0] = 8192
+    before, most, give_back = used(), [], kv._give_back
+
+    def watched(*arguments):
+        most.append(used())
+        give_back(*arguments)
+
+    monkeypatch.setattr(kv, "_give_back", watched)
+    kv.swap(0, 1)
+    part = kv.arrays[0][0].nbytes
+    assert len(most) == 32
+    assert max(most) - before < 2.5 * part
+    assert np.all(kv.arrays[31][1] == 1)
+
+
+def test_a_system_that_does_not_tell_its_memory_is_asked_for_nothing(monkeypatch):
+    monkeypatch.delattr("os.sysconf")
+    assert machine_memory() is None
+    with pytest.raises(InvalidRequest, match=r"`kv_budget` is not set, and this system does not tell .*; set it"):
+        _capacity(None, 1000, 64)
+    assert _capacity(64_000, 1000, 64) == 64
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError])
+def test_a_name_that_the_system_does_not_know_is_no_error(monkeypatch, error):
+    def sysconf(name):
+        raise error(name)
+
+    monkeypatch.setattr("os.sysconf", sysconf)
+    assert machine_memory() is None

@@ -779,3 +779,72 @@ def test_the_queue_takes_as_many_requests_as_it_may(start):
     finally:
         gate.open.set()
         scheduler.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    slots=st.integers(1, 4),
+    chunk=st.integers(1, 6),
+    prompts=st.lists(st.lists(st.sampled_from(LETTERS[:3]), min_size=1, max_size=20), min_size=1, max_size=8),
+)
+def test_a_decoder_that_mixes_prompts_and_rows_gives_the_answers_it_gives_alone(slots, chunk, prompts):
+    scheduler = Scheduler(FakeDecoder(slots=slots, chunk=chunk, mixed=True))
+    try:
+        asked = [ask(scheduler, prompt) for prompt in prompts]
+        assert [one.result() for one in asked] == [alone(prompt, chunk=chunk) for prompt in prompts]
+    finally:
+        scheduler.close()
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_short_prompt_does_not_wait_for_a_long_one_and_the_long_one_moves(start, mixed):
+    decoder = FakeDecoder(lambda prompt: [], slots=2, context_length=1000, mixed=mixed, on_call=(gate := Gate()))
+    scheduler = start(decoder)
+    long = ask(scheduler, LETTERS[:9] * 40)  # 90 chunks of 4
+    assert gate.reached.wait(PATIENCE)
+    short = [ask(scheduler, [at, *LETTERS[:11]]) for at in range(5, 45)]  # 3 chunks each, more than the long one has
+    gate.open.set()
+    for one in [*short, long]:
+        one.result()
+    sizes = [(len(ids), slot) for name, slot, ids in decoder.calls if name == "prefill"]
+    slots = [slot for _, slot in sizes]
+    first = slots.index(1)
+    assert slots[first : first + 4].count(1) >= 3  # the first short one is served almost at once
+    until_last = slots[first : len(slots) - slots[::-1].index(1)]
+    moved = until_last.count(0)
+    assert moved >= len(until_last) // 4 - 1  # of four chunks one is the long one's
+    assert moved <= len(until_last) // 4 + 1
+    assert long.job.generation.sampled == 1
+
+
+def test_waiting_jobs_are_looked_through_while_others_come(start):
+    """Thousands come from several threads while those whose patience is over are taken out: nobody is forgotten."""
+    scheduler = start(FakeDecoder(on_call=lambda name, slot, ids: time.sleep(0.001)), queue_timeout=0.02)
+    asked = [[] for _ in range(3)]
+
+    def client(number):
+        for _ in range(1500):
+            asked[number].append(ask(scheduler, [5 + number], 2))
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    results = [one.result() for one in itertools.chain(*asked)]
+    assert len(results) == 4500
+    late = [result for result in results if isinstance(result, Busy)]
+    assert len(late) > 100
+    assert all(isinstance(result, Busy) or result[1] in ("max_tokens", "eos") for result in results)
+    assert idle(scheduler)
+
+
+@pytest.mark.parametrize(("renew", "after"), [(False, 0.0), (True, None)])
+def test_idle_time_is_spent_on_nothing_that_has_no_next_turn_or_where_it_is_switched_off(start, renew, after):
+    scheduler = start(FakeDecoder(), renew_after=after)
+    one = Ask(LETTERS[:9], 20)
+    one.job.renew = renew
+    submit(scheduler, one)
+    one.result()
+    time.sleep(0.05)
+    assert scheduler.statistics().renewed == 0

@@ -4,10 +4,10 @@ from itertools import pairwise
 
 import pytest
 from guard_cases import ENDED, ORDINARY, QUESTION
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from phi3_mlflow.runtime.stops import RepetitionGuard, SelfTalkGuard, Stops, StopSequences
+from phi3_mlflow.runtime.stops import MOST_ASKED, RepetitionGuard, SelfTalkGuard, Stops, StopSequences
 
 
 def answer(machine, pieces):
@@ -61,6 +61,7 @@ TEXTS = st.one_of(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(TEXTS, st.lists(st.integers(0, 4000), max_size=30), st.lists(st.sampled_from(["END", "ab", "\n\n", "a" * 20])))
 @example("ab\n\n\n\n\nUser: x", [3, 4], ["\n\n\n\n\n\n"])
 def test_how_an_answer_is_cut_into_pieces_changes_nothing(text, cuts, sequences):
@@ -80,6 +81,7 @@ def earliest(text, sequences):
     return None
 
 
+@settings(deadline=None)
 @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=5), min_size=1, max_size=4))
 def test_stop_sequences_agree_with_a_search_over_the_whole_text(text, sequences):
     found = earliest(text, sequences)
@@ -87,6 +89,7 @@ def test_stop_sequences_agree_with_a_search_over_the_whole_text(text, sequences)
     assert answer(StopSequences(sequences), text) == expected
 
 
+@settings(deadline=None)
 @given(st.text("abc", max_size=20), st.lists(st.text("abc", min_size=1, max_size=5), min_size=1, max_size=4))
 def test_exactly_the_beginning_of_a_stop_sequence_is_held_back(text, sequences):
     released, reason = StopSequences(sequences).step(text)
@@ -190,6 +193,7 @@ def test_the_number_of_times_in_the_prompt_allows_for_as_many_repeats():
     assert answer(RepetitionGuard("Write hello"), text)[1] == "repetition"
 
 
+@settings(deadline=None)
 @given(st.text("abc .\n", min_size=1, max_size=400))
 def test_whatever_repeats_long_enough_ends(unit):
     text = "Before. " + unit * (2 + max(200, 1600) // len(unit))
@@ -202,3 +206,28 @@ def test_whatever_repeats_long_enough_ends(unit):
 def test_a_loop_after_a_long_answer_is_found():
     text = " ".join(str(number * number) for number in range(1500))
     assert answer(Stops(), [text, " and so on" * 40]) == (text + " and so on and so on", "repetition")
+
+
+@pytest.mark.parametrize("many", [1599, 1600, 1601, 1700])
+@pytest.mark.parametrize("unit", ["x", "ab", "one word ", "125\n", "A sentence of some words. "])
+def test_a_loop_that_was_asked_for_ends_however_much_of_it_is_held_back(unit, many):
+    guard = RepetitionGuard("Write it 999 times.")
+    text = "".join(guard.step(character)[0] for character in (unit * many)[:many]) + guard.flush()
+    assert (unit * many).startswith(text)
+    released, reason = RepetitionGuard("Write it 999 times.").step(unit * 3000)
+    assert reason == "repetition"
+    assert (unit * 3000).startswith(released)
+
+
+def test_a_product_does_not_ask_for_repeats_and_what_is_asked_for_is_bounded():
+    def sampled(prompt):
+        text, reason = RepetitionGuard(prompt).step("word " * 5000)
+        assert reason == "repetition"
+        return len(text)
+
+    assert sampled("What is 125 x 8?") == sampled("What is it?")
+    guard = RepetitionGuard("Write it 100 times.")
+    assert guard.step("word " * 100)[1] is None
+    for prompt in ("Write it 100 times.", "Write it 999 times."):
+        assert RepetitionGuard(prompt).step("word " * (MOST_ASKED + 1))[1] is None
+        assert RepetitionGuard(prompt).step("word " * (MOST_ASKED + 3))[1] == "repetition"
