@@ -6,17 +6,14 @@ of them is seen by nobody, and after the server's timeout (a 504) it is computed
 model is loaded in the server's process. Elsewhere nothing is touched.
 """
 
-import asyncio
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from functools import partial
-from types import FrameType
 from typing import Any
 
 from mlflow.environment_variables import MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT
@@ -24,6 +21,8 @@ from mlflow.environment_variables import MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT
 # Set by mlflow.pyfunc.scoring_server: by the server's command for its workers, and when it has loaded the model.
 _WORKER = "__pyfunc_model_path__"
 _SERVING = "_MLFLOW_IS_IN_SERVING_ENVIRONMENT"
+# Seconds until uvicorn runs at the latest, and between two looks at it.
+_STARTS, _LOOK = 600.0, 0.1
 # Threads that wait for answers, so that requests wait in the model's own queue, which has a limit and a clock.
 _THREADS = 256
 
@@ -60,8 +59,8 @@ _current: ContextVar[_Leave | None] = ContextVar("current", default=None)
 class RequestExecutor(ThreadPoolExecutor):
     """Threads for an event loop's requests, each of which can tell when it was handed over."""
 
-    def __init__(self) -> None:
-        super().__init__(_THREADS, thread_name_prefix="phi3-request")
+    def __init__(self, threads: int = _THREADS) -> None:
+        super().__init__(threads, thread_name_prefix="phi3-request")
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> "Future[Any]":
         """See ThreadPoolExecutor."""
@@ -115,23 +114,29 @@ def attend(end: Callable[[], None]) -> None:
     """Called when a model was loaded; where the process is a worker of the scoring server, mends what it leaves open.
 
     Args:
-        end: called once when the process is told to end (SIGINT or SIGTERM), in the main thread; returns at once.
+        end: called once when the process is told to end (SIGINT or SIGTERM), in a thread of its own.
     """
-    if _WORKER not in os.environ or threading.current_thread() is not threading.main_thread():
-        return
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:  # the model is loaded by something else that runs in such an environment
-        return
-    loop.set_default_executor(RequestExecutor())
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before = signal.getsignal(number)
-        if callable(before):  # uvicorn's, which waits for all that was begun
-            signal.signal(number, partial(_end, end, before))
+    if _WORKER in os.environ and threading.current_thread() is threading.main_thread():
+        threading.Thread(target=_attend, args=(end,), name="phi3-host", daemon=True).start()
 
 
-def _end(
-    end: Callable[[], None], before: Callable[[int, FrameType | None], Any], number: int, frame: FrameType | None
-) -> None:
+def _attend(end: Callable[[], None]) -> None:
+    """The model is loaded before uvicorn's event loop runs: waits for it, and then for its end."""
+    limit = time.monotonic() + _STARTS
+    while (server := _uvicorn()) is None or not getattr(server, "servers", None):
+        if time.monotonic() > limit:  # something else runs in such an environment
+            return
+        time.sleep(_LOOK)
+    # Gone again, where the server was told to end in this very moment.
+    with suppress(RuntimeError, IndexError):
+        loop = server.servers[0].get_loop()
+        loop.call_soon_threadsafe(loop.set_default_executor, RequestExecutor())
+    while not server.should_exit:
+        time.sleep(_LOOK)
     end()
-    before(number, frame)
+
+
+def _uvicorn() -> Any:
+    """The server of this process: whose method handles SIGTERM while it runs."""
+    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    return server if hasattr(server, "should_exit") else None

@@ -59,7 +59,8 @@ def _onnx(folder: Path, config: Mapping[str, Any]) -> Service:
     settings = settings_of(config)
     check_batching(config)
     trust.check(folder)
-    return service(Tokens.from_folder(folder), onnx_decoder(folder, settings), settings, config)
+    arguments = _arguments(settings, config)  # what may be wrong with them is told before the weights are loaded
+    return Service(Tokens.from_folder(folder), onnx_decoder(folder, settings), **arguments)
 
 
 def load_pipeline(folder: Path, pipeline: "transformers.TextGenerationPipeline", config: Mapping[str, Any]) -> Service:
@@ -80,30 +81,25 @@ def load_pipeline(folder: Path, pipeline: "transformers.TextGenerationPipeline",
 
     settings = settings_of(config)
     refuse_batching(config)
+    arguments = _arguments(settings, config)
     if threads := settings.get("threads"):
         torch.set_num_threads(threads)
     decoder = PipelineDecoder(pipeline, context_length=settings.get("context_length"))
-    return service(Tokens.from_folder(folder), decoder, settings, config)
+    return Service(Tokens.from_folder(folder), decoder, **arguments)
 
 
-def service(tokens: Tokens, decoder: Decoder, settings: Mapping[str, Any], config: Mapping[str, Any]) -> Service:
-    """A service with the settings and defaults of a model_config.
-
-    Raises:
-        InvalidRequest: a default means nothing to this model.
-    """
-    return Service(
-        tokens,
-        decoder,
-        task=config.get("task", "llm/v1/chat"),
-        name=config.get("name", "phi3"),
-        template=config.get("template", True),
-        defaults=default_options(config),
-        queue_limit=settings.get("queue_limit", DEFAULT_QUEUE_LIMIT),
-        queue_timeout=settings.get("queue_timeout"),
-        reuse=settings.get("prefix_reuse", "exact"),
-        renew_after=_RENEW_AFTER if settings.get("idle_prefill", True) else None,
-    )
+def _arguments(settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a Service is to be made with."""
+    return {
+        "task": config.get("task", "llm/v1/chat"),
+        "name": config.get("name", "phi3"),
+        "template": config.get("template", True),
+        "defaults": default_options(config),
+        "queue_limit": settings.get("queue_limit", DEFAULT_QUEUE_LIMIT),
+        "queue_timeout": settings.get("queue_timeout"),
+        "reuse": settings.get("prefix_reuse", "exact"),
+        "renew_after": _RENEW_AFTER if settings.get("idle_prefill", True) else None,
+    }
 
 
 def onnx_decoder(folder: Path, settings: Mapping[str, Any]) -> Decoder:

@@ -95,10 +95,10 @@ class Service:
         try:
             self._grammars = Grammars(tokens.tokenizer_json, tokens.vocab_size, decoder.eos)
             self._check(self.defaults)
+            self._scheduler = Scheduler(decoder, **scheduling)
         except BaseException:
             decoder.close()
             raise
-        self._scheduler = Scheduler(decoder, **scheduling)
 
     def start(
         self,
