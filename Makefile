@@ -10,15 +10,15 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 EXTRAS := azure,dev,notebooks,quantize,spark,transformers,ui
 
-.PHONY: demo setup test lint bench soak clean
+.PHONY: demo setup test lint bench soak clean chromium
 
 # The demo needs less than the tests do, and is somebody's first impression: it installs just that.
 demo: .venv/.core
 	$(BIN)/python scripts/demo.py
 
-setup: .venv/.all .azurite/.installed
+setup: .venv/.all .azurite/.installed chromium
 
-test: .venv/.all .azurite/.installed
+test: .venv/.all .azurite/.installed chromium
 	$(BIN)/python -m pytest
 
 lint: .venv/.all
@@ -64,3 +64,11 @@ endif
 	@mkdir -p .azurite
 	npm install --prefix .azurite --no-save --silent azurite@3.37.0
 	@touch $@
+
+# The browser of the chat page's tests: where it is missing, Debian's, if this may install it.
+chromium:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "Installing chromium ..." && apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; \
+	  else echo "The chat page's tests need chromium and chromedriver: apt-get install chromium chromium-driver"; fi

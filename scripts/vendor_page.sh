@@ -9,7 +9,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
 cd "$folder"
-npm pack --silent "marked@$version" >&2
+npm pack --silent "marked@$version" > /dev/null
 if [ "$(openssl dgst -sha512 -binary "marked-$version.tgz" | base64 -w 0)" != "$sha512" ]; then
   echo "marked $version from npm is not what it was: its sha512 is not the one in this script" >&2
   exit 1

@@ -7,6 +7,7 @@ import { Lexer } from "./vendor/marked.js";
 const LIMIT = 20_000; // characters
 const DEPTH = 16; // lists and quotes inside each other
 const FENCE = /^ {0,3}(`{3,}|~{3,})/;
+const DEEP = new RegExp(`^(?:[ \\t]*(?:>|[-*+] |\\d{1,9}[.)] )){${DEPTH + 1}}`, "m");
 const ENTITIES = { amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0" };
 
 /** The Markdown in one element. Earlier blocks stay as they are while text is added. */
@@ -20,12 +21,19 @@ export class Markdown {
     this.links = {}; // reference definitions so far
   }
 
-  /** Shows the text, which begins with the text shown before. */
-  update(text) {
+  /**
+   * Shows the text, which begins with the text shown before.
+   *
+   * @param time milliseconds after which the rest is left to the next call
+   * @returns whether all of it is shown
+   */
+  update(text, time = Infinity) {
+    const begun = performance.now();
     text = text.replace(/\r\n?/g, "\n");
     for (const node of this.tail) node.remove();
     this.tail = [];
     while (this.settled < text.length) {
+      if (performance.now() - begun > time) return false;
       const window = this.window(text);
       const whole = this.settled + window.length === text.length;
       const blocks = this.lex(window);
@@ -41,9 +49,10 @@ export class Markdown {
       for (const block of blocks.slice(0, stable)) this.settled += block.raw.length;
       if (whole) {
         this.tail = this.append(blocks.slice(stable));
-        return;
+        break;
       }
     }
+    return true;
   }
 
   // What is read in one go: some characters, or a whole block of code, which costs no more than its length.
@@ -61,6 +70,7 @@ export class Markdown {
   }
 
   lex(source) {
+    if (DEEP.test(source)) return [{ type: "raw", raw: source }];
     const lexer = new Lexer({ gfm: true });
     Object.assign(lexer.tokens.links, this.links);
     try {
@@ -68,7 +78,7 @@ export class Markdown {
       this.links = lexer.tokens.links;
       return blocks;
     } catch {
-      // Nested more deeply than the stack is, or one of the loops that marked breaks off.
+      // Nested more deeply than the stack is, or a loop that marked breaks off.
       return [{ type: "raw", raw: source }];
     }
   }

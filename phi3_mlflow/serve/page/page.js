@@ -21,6 +21,7 @@ function turnOf(name) {
 
 function show(turn) {
   const view = turnOf(`${turn.role}-turn`);
+  log.append(view);
   const on = (selector, act) => view.querySelector(selector).addEventListener("click", act);
   on(".copy", () => copy(turn.content));
   if (turn.role === "user") {
@@ -32,15 +33,15 @@ function show(turn) {
     on(".retry", () => retry(turn));
     on(".good", () => rate(turn, view, true));
     on(".bad", () => rate(turn, view, false));
-    refresh(turn, view);
+    view.painter = painter(() => refresh(turn, view));
+    view.painter.end();
   }
-  log.append(view);
   return view;
 }
 
-// Shows what has become of an answer.
+// Shows what has become of an answer, or as much of it as can be shown quickly; says whether that is all.
 function refresh(turn, view) {
-  view.markdown.update(turn.content);
+  const whole = !view.isConnected || view.markdown.update(turn.content, 50);
   const problem = view.querySelector(".problem");
   if (problem.textContent !== (turn.problem ?? "")) problem.textContent = turn.problem ?? "";
   problem.hidden = !turn.problem;
@@ -51,6 +52,7 @@ function refresh(turn, view) {
     button.hidden = !turn.trace;
     button.setAttribute("aria-pressed", turn.good === good);
   }
+  return whole;
 }
 
 const REASONS = { length: "cut at its token limit", stopped: "stopped", content_filter: "filtered" };
@@ -120,7 +122,6 @@ async function receive(signal) {
   announce("Answering");
   settled();
   follow();
-  const painter = painted(() => refresh(turn, view));
   const begun = performance.now();
   try {
     for await (const event of answer(body, settings.key, signal)) {
@@ -131,7 +132,7 @@ async function receive(signal) {
       } else {
         Object.assign(turn, event);
       }
-      painter.soon();
+      view.painter.soon();
     }
     announce("Answer finished");
   } catch (error) {
@@ -140,9 +141,8 @@ async function receive(signal) {
     announce(turn.problem ? "" : "Stopped");
     if (error.status === 401) settings.askForKey(() => retry(turn));
   }
-  painter.end();
   running = null;
-  view.setAttribute("aria-busy", false);
+  view.painter.end().then(() => view.setAttribute("aria-busy", false));
   document.body.classList.remove("answering");
   settled();
 }
@@ -205,23 +205,29 @@ async function rate(turn, view, good) {
 
 // ---- showing in time: at most a quarter of it goes into painting, however long an answer is
 
-function painted(paint) {
+function painter(paint) {
   let timer = null;
   let cost = 0; // milliseconds of the last time
+  let ended = null;
+  const soon = () => (timer ??= setTimeout(now, ended ? 0 : Math.max(30, 3 * cost)));
   const now = () => {
     timer = null;
     const begun = performance.now();
-    paint();
+    const whole = paint();
     scroller.scrollHeight; // lays the page out, so that its cost counts
     cost = performance.now() - begun;
+    if (!whole) return soon();
+    ended?.();
+    ended = null;
   };
-  return {
-    soon: () => (timer ??= setTimeout(now, Math.max(30, 3 * cost))),
-    end: () => {
+  // Paints at once, and is done when all is painted.
+  const end = () =>
+    new Promise((resolve) => {
+      ended = resolve;
       clearTimeout(timer);
       now();
-    },
-  };
+    });
+  return { soon, end };
 }
 
 // The view stays at the end until somebody scrolls back from it.
@@ -237,7 +243,8 @@ function follow() {
 new ResizeObserver(() => following && follow()).observe(log);
 scroller.addEventListener("scroll", () => {
   const left = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight;
-  following = left < 40 || (following && scroller.scrollTop >= top);
+  // Back is back, however little, unless it is the end that came up.
+  following = scroller.scrollTop < top ? left < 2 : following || left < 40;
   top = scroller.scrollTop;
   $("jump").hidden = following;
 });
@@ -306,4 +313,4 @@ for (const example of $("examples").children) example.addEventListener("click", 
 for (const turn of conversation) show(turn);
 settled();
 follow();
-if (matchMedia("(pointer: fine)").matches) $("message").focus();
+if (!matchMedia("(pointer: coarse)").matches) $("message").focus();

@@ -31,8 +31,10 @@ let afterKey = null;
 
 function showKey(note) {
   $("refused").textContent = note;
+  if ($("key-dialog").open) return; // somebody may be typing
+  $("key-dialog").showModal();
   $("key").value = key;
-  if (!$("key-dialog").open) $("key-dialog").showModal();
+  $("key").select();
 }
 
 /** Asks for a key because the server wants one, or another one; then does what was refused. */
