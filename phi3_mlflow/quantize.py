@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from phi3_mlflow.runtime import trust
 from phi3_mlflow.runtime.errors import Phi3Error, WeightsError, shorten
 
 Precision = Literal["int4", "fp32"]
@@ -67,6 +68,7 @@ def export(
     _check_arguments(destination, precision, block_size, accuracy_level)
     config = _read_config(source)
     tokenizer_config = _tokenizer_config(source)
+    trust.transformers_files(source, source)
     _check_packages()
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)

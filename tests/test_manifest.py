@@ -250,6 +250,8 @@ def test_a_manifest_that_cannot_be_opened_is_named(folder):
     [
         ("{", "is not JSON"),
         ("\x00", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        (" " * (16 * 2**20 + 1), "has 16777217 bytes, and at most 16777216 are read"),
         ("[]", "is not a manifest"),
         ({"files": {}}, "is not a manifest"),
         ({"algorithm": "md5", "files": {}}, "is not a manifest"),

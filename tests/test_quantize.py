@@ -125,6 +125,13 @@ def test_a_missing_file_is_named(source: Path, tmp_path: Path, name: str) -> Non
         export(source, tmp_path / "onnx")
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "transformers_weights"])
+def test_a_configuration_that_names_code_or_other_weights_is_refused(source: Path, tmp_path: Path, key: str) -> None:
+    edit(source / "config.json", **{key: "organization/kernel"})
+    with pytest.raises(WeightsError, match=f"has {key}"):
+        export(source, tmp_path / "onnx")
+
+
 def test_a_folder_without_a_chat_template_is_refused(source: Path, tmp_path: Path) -> None:
     edit(source / "tokenizer_config.json", chat_template=None)
     with pytest.raises(WeightsError, match="has no chat_template"):

@@ -18,6 +18,7 @@ ALGORITHM = "sha256"
 # A signature of the whole model, which is made after the manifest (sigstore's model-signing writes this name).
 SIGNATURE = "model.sig"
 _CHUNK = 2**20
+_MOST_BYTES = 16 * 2**20  # of a manifest
 
 
 def write(folder: Path, within: Sequence[str] = ("",)) -> Path:
@@ -225,12 +226,14 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
     """The manifest's entries by file name, each checked to be well formed."""
     path = folder / NAME
     try:
+        if (size := path.stat().st_size) > _MOST_BYTES:
+            raise WeightsError(f"{path} has {size} bytes, and at most {_MOST_BYTES} are read: do not use this copy")
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise WeightsError(
             f"{path} cannot be read: {_why(error)}. Without it the weights cannot be checked; log the model again"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is not JSON: copy it again, or log the model again") from error
     if not isinstance(content, dict) or content.get("algorithm") != ALGORITHM:
         raise WeightsError(f'{path} is not a manifest: it should be an object with "algorithm": "{ALGORITHM}"')
