@@ -70,7 +70,7 @@ def test_what_the_server_was_not_given_is_not_found_and_the_error_names_the_serv
 def test_a_registered_name_that_several_models_have_means_none_of_them():
     models = Models([Spec("a", "models:/phi@champion"), Spec("b", "models:/phi/3"), Spec("c", "models:/other/1")])
 
-    with pytest.raises(HttpError, match="several models; name one of a, b$"):
+    with pytest.raises(HttpError, match=r"several models; name one of a, b$"):
         models.find("phi")
 
 
@@ -244,7 +244,7 @@ def test_a_load_that_fails_is_told_to_all_who_wait_and_tried_again_later(caplog,
 def test_a_model_that_does_not_exist_is_a_503_in_one_line(uri):
     async def run():
         models = Models([Spec("gone", uri)])
-        with pytest.raises(HttpError, match="the model `gone` cannot be loaded: .*(found|MLmodel)") as caught:
+        with pytest.raises(HttpError, match=r"the model `gone` cannot be loaded: .*(found|MLmodel)") as caught:
             await ask(models)
         await models.close(1)
         return caught.value
