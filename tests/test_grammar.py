@@ -334,15 +334,27 @@ def test_a_grammar_that_outgrows_the_limits_ends_in_a_clean_error():
             compiled.mask(ZEROS)
 
 
+def test_a_grammar_that_could_not_be_followed_is_compiled_anew_for_the_next_answer():
+    grammars = Grammars(tokenizer_json(), LOGITS, EOS)
+    spent = grammars.compile(wrap({"const": 10}))
+    assert len(grammars._compiled) == 1
+    spent._matcher.consume_token(NAMES.index("a"))
+    with pytest.raises(InvalidRequest, match="could not be followed any further"):
+        spent.mask(ZEROS)
+    # Copies share llguidance's lexer, and one that ran out of states fails for all of them.
+    assert len(grammars._compiled) == 0
+    assert accepts(grammars.compile(wrap({"const": 10})), "10")
+
+
 def test_compiled_grammars_are_kept_and_the_oldest_go_first():
     grammars = Grammars(tokenizer_json(), LOGITS, EOS)
     for number in [0, *range(CACHED), 0, CACHED]:
         grammars.compile(wrap({"const": number}))
     kept = "".join(grammars._compiled)
     assert len(grammars._compiled) == CACHED
-    assert '"const":0' in kept
-    assert '"const":1}' not in kept
-    assert f'"const":{CACHED}' in kept
+    assert '"enum":[0]' in kept
+    assert '"enum":[1]' not in kept
+    assert f'"enum":[{CACHED}]' in kept
 
 
 def test_threads_share_one_set_of_grammars():
@@ -409,41 +421,29 @@ REFUSED_SCHEMAS = [
     ({"const": "\ud800"}, "", "surrogate"),
     (nested(64), "", "levels deep"),
     (nested(5000), "", "is not JSON"),
-    ({"enum": ["x" * 70000]}, "", "at most 65536"),
-    ({"x-guidance": {"lenient": True}}, "#/x-guidance", "not supported"),
+    ({"enum": ["x" * 1_000_000]}, "", "at most 1000000"),
     ({"type": "string", "maxLenght": 3}, "#/maxLenght", "not supported.*maxLength"),
-    ({"items": {"nullable": True}}, "#/items/nullable", "held to 'nullable'"),
-    ({"$schema": "http://json-schema.org/draft-04/schema#"}, "#/$schema", "draft-07"),
+    ({"$schema": "http://json-schema.org/draft-03/schema#"}, "#/$schema", "draft-07"),
     ({"$schema": 4}, "#/$schema", "4"),
-    ({"items": {"$schema": "http://json-schema.org/draft-07/schema"}}, "#/items/$schema", "not supported"),
-    ({"items": {"$id": "https://example.org"}}, "#/items/$id", "not supported"),
+    (
+        {"items": {"$schema": "http://json-schema.org/draft-07/schema", "$id": "https://example.org"}},
+        "#/items/$schema",
+        "keeps to one draft",
+    ),
     *(
         ({keyword: {}}, f"#/{keyword}", "not supported")
-        for keyword in (
-            "not",
-            "if",
-            "then",
-            "else",
-            "contains",
-            "minContains",
-            "maxContains",
-            "propertyNames",
-            "dependencies",
-            "dependentRequired",
-            "dependentSchemas",
-            "unevaluatedItems",
-            "unevaluatedProperties",
-            "additionalItems",
-            "$anchor",
-            "$dynamicRef",
-            "$dynamicAnchor",
-            "$recursiveRef",
-            "contentEncoding",
-            "contentSchema",
-        )
+        for keyword in ("contains", "$dynamicRef", "$recursiveRef", "extends", "disallow", "divisibleBy")
     ),
+    ({"not": {"pattern": "a"}}, "#/not", "contrary of `pattern`"),
+    ({"not": {"type": "integer"}}, "#/not", "fraction"),
+    ({"not": {"const": [1]}}, "#/not", "only texts, numbers"),
+    ({"if": {"format": "date"}, "then": False}, "#/if", "contrary of `pattern`"),
+    ({"propertyNames": {"format": "uuid"}}, "#/propertyNames", "with `format`"),
+    ({"unevaluatedItems": False, "$ref": "#/$defs/a", "$defs": {"a": {}}}, "#/unevaluatedItems", "beside \\$ref"),
+    ({"dependencies": {"a": "b"}}, "#/dependencies/a", "must be a schema"),
+    ({"dependentRequired": []}, "#/dependentRequired", "must be an object"),
+    ({"uniqueItems": 1}, "#/uniqueItems", "true or false"),
     ({"type": "array", "uniqueItems": True}, "#/uniqueItems", "not supported"),
-    ({"items": [{}]}, "#/items", "prefixItems"),
     ({"items": 5}, "#/items", "must be a schema"),
     ({"properties": []}, "#/properties", "object of schemas"),
     ({"properties": {"a/b~c": 1}}, "#/properties/a~1b~0c", "must be a schema"),
@@ -453,48 +453,47 @@ REFUSED_SCHEMAS = [
     ({"const": {"\x1f": 1}}, "#/const", "control character"),
     ({"anyOf": []}, "#/anyOf", "at least one"),
     ({"allOf": {}}, "#/allOf", "at least one"),
-    ({"allOf": [{"not": {}}]}, "#/allOf/0/not", "not supported"),
+    ({"allOf": [{"not": {"items": {"type": "null"}}}]}, "#/allOf/0/not", "not supported"),
     ({"type": "strin"}, "#/type", "string, number"),
     ({"type": []}, "#/type", "string, number"),
     ({"type": ["string", {}]}, "#/type", "string, number"),
     ({"enum": []}, "#/enum", "at least one"),
     ({"minLength": "a"}, "#/minLength", "whole number"),
     ({"minLength": True}, "#/minLength", "whole number"),
-    ({"maxItems": 10**6}, "#/maxItems", "10000"),
+    ({"minItems": 10**7}, "#/minItems", "1000000"),
     ({"maxLength": -1}, "#/maxLength", "-1"),
     ({"minimum": "0"}, "#/minimum", "must be a number"),
-    ({"exclusiveMinimum": True}, "#/exclusiveMinimum", "must be a number"),
-    ({"maximum": 2**53 + 1}, "#/maximum", "9007199254740993"),
-    ({"minimum": 1e-30}, "#/minimum", "1e-30"),
+    ({"exclusiveMinimum": "1"}, "#/exclusiveMinimum", "must be a number"),
+    ({"minimum": 2**62}, "#/minimum", "1000000000000000000 is the largest"),
+    ({"exclusiveMaximum": -1e30}, "#/exclusiveMaximum", "-1e\\+30"),
     ({"const": 0.12345678901234567}, "#/const", "15 digits"),
     ({"enum": [{"a": [10**400]}]}, "#/enum", "15 digits"),
-    ({"multipleOf": 0}, "#/multipleOf", "positive"),
+    ({"multipleOf": 0}, "#/multipleOf", "above 0"),
     ({"multipleOf": 0.1}, "#/multipleOf", "whole"),
     ({"pattern": 1}, "#/pattern", "regular expression"),
     ({"pattern": "a" * 3000}, "#/pattern", "2048"),
     ({"type": "object", "properties": {"a": {"pattern": "(?<!a)b"}}}, "#/properties/a/pattern", "look-around"),
     ({"patternProperties": {"(": {}}}, "#/patternProperties/(", "unclosed"),
     ({"patternProperties": {"a": {}, "b": {}}}, "", "not disjoint"),
-    ({"format": "idn-email"}, "#/format", "date-time, time"),
-    ({"type": "integer", "format": "int32"}, "#/format", "int32"),
-    ({"format": "unknown"}, "#/format", "unknown"),
+    ({"format": "idn-email"}, "#/format", "date-time, duration"),
     ({"format": ["date"]}, "#/format", "date"),
     ({"required": "a"}, "#/required", "property names"),
     ({"required": [1]}, "#/required", "property names"),
     ({"$ref": 1}, "#/$ref", "1"),
-    ({"$ref": "https://example.org/a.json"}, "#/$ref", "within the schema"),
+    ({"$ref": "https://example.org/a.json"}, "#/$ref", "no schema in this document"),
     ({"$ref": "#/$defs/a"}, "#/$ref", "no schema"),
     ({"$ref": "#/title", "title": "t"}, "#/$ref", "no schema"),
     ({"$ref": "#"}, "#", "requires itself"),
-    ({"$defs": {"a": {"$ref": "#/$defs/a"}}}, "#/$defs/a", "requires itself"),
+    ({"$defs": {"a": {"$ref": "#/$defs/a"}}, "items": {"$ref": "#/$defs/a"}}, "#/$defs/a", "requires itself"),
     ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "#", "requires itself"),
     ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, "#", "requires itself"),
     ({"type": "array", "prefixItems": [{"$ref": "#"}], "minItems": 1}, "#", "requires itself"),
     ({"anyOf": [{"$ref": "#"}, {"$ref": "#/anyOf/0"}]}, "#", "requires itself"),
-    ({"$defs": {**CHAIN, "a400": {"$ref": "#/$defs/a0"}}}, "#/$defs/a", "requires itself"),
+    ({"$defs": {**CHAIN, "a400": {"$ref": "#/$defs/a0"}}, "$ref": "#/$defs/a0"}, "#", "requires itself"),
     ({"minProperties": 2}, "#/minProperties", "at most 1"),
+    (closed({c: {} for c in "abcdefghijkl"}, minProperties=5), "#/minProperties", "choices among 12"),
     ({"type": "string", "allOf": [{"pattern": f".*{c}.*"} for c in "abcdefghi"]}, "#", "at most 8"),
-    ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "", "oneOf constraints are not supported.$"),
+    ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "#/oneOf", "its branches 1 and 0 may both hold"),
     ({"type": "integer", "minimum": 5, "maximum": 3}, "", "greater"),
     ({"type": "string", "pattern": "^abc$", "maxLength": 2}, "", "Unsatisfiable"),
     ({"type": "object", "required": ["a"], "additionalProperties": False}, "", "Unsatisfiable"),

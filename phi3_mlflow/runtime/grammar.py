@@ -7,7 +7,8 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,21 +88,19 @@ class Grammars:
         if kind == "text":
             return None
         if kind == "regex":
-            matcher = self._regex(given["regex"])
-        else:
-            matcher = self._schema(given["json_schema"] if kind == "json_schema" else None)
-        return Grammar(matcher, self._text, self._eos)
+            return self._regex(given["regex"])
+        return self._schema(given["json_schema"] if kind == "json_schema" else None)
 
-    def _regex(self, regex: Any) -> LLMatcher:
+    def _regex(self, regex: Any) -> "Grammar":
         field = f"{FIELD}.regex"
         if not isinstance(regex, str) or not 0 < len(regex) <= MAX_REGEX:
             raise InvalidRequest(field, f"must be a text of 1 to {MAX_REGEX} characters; it is {shorten(regex)}")
         _encodable(regex, field)
-        return self._matcher(LLMatcher.grammar_from_regex(regex), field)
+        return self._grammar(LLMatcher.grammar_from_regex(regex), field)
 
-    def _schema(self, wrapper: Any) -> LLMatcher:
+    def _schema(self, wrapper: Any) -> "Grammar":
         if wrapper is None:
-            return self._matcher(_json_grammar({"type": "object"}), FIELD)
+            return self._grammar(_json_grammar({"type": "object"}), FIELD)
         outer = f"{FIELD}.json_schema"
         if not isinstance(wrapper, Mapping):
             raise InvalidRequest(outer, f"must be an object with `name` and `schema`; it is {shorten(wrapper)}")
@@ -117,29 +116,34 @@ class Grammars:
         field = f"{outer}.schema"
         schema, patterns = enforceable(_plain(given["schema"], field), field)
         try:
-            return self._matcher(_json_grammar(schema), field)
+            return self._grammar(_json_grammar(schema), field)
         except InvalidRequest:
             # Where one pattern is at fault, the error should point at it and not at the whole schema.
             for pointer, pattern in patterns.items():
-                self._matcher(_json_grammar({"type": "string", "pattern": pattern}), f"{field}{pointer}")
+                self._grammar(_json_grammar({"type": "string", "pattern": pattern}), f"{field}{pointer}")
             raise
 
-    def _matcher(self, grammar: str, field: str) -> LLMatcher:
-        """A copy of the grammar's matcher in its first state, compiled at most once while it stays in the cache."""
+    def _grammar(self, source: str, field: str) -> "Grammar":
+        """A grammar in its first state, compiled at most once while it stays in the cache."""
         with self._lock:
-            if grammar in self._compiled:
-                self._compiled.move_to_end(grammar)
-                return self._compiled[grammar].deep_copy()
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
-        # The first mask builds most of the lexer, and finds grammars that are too complex to be used.
-        matcher.compute_bitmask()
-        if matcher.is_error():
-            raise InvalidRequest(field, f"cannot be enforced: {_reason(matcher)}")
+            matcher = self._compiled.get(source)
+            if matcher is not None:
+                self._compiled.move_to_end(source)
+        if matcher is None:
+            matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=LLParserLimits(verbose_errors=False))
+            # The first mask builds most of the lexer, and finds grammars that are too complex to be used.
+            matcher.compute_bitmask()
+            if matcher.is_error():
+                raise InvalidRequest(field, f"cannot be enforced: {_reason(matcher)}")
+            with self._lock:
+                self._compiled[source] = matcher
+                while len(self._compiled) > CACHED:
+                    self._compiled.popitem(last=False)
+        return Grammar(matcher.deep_copy(), self._text, self._eos, partial(self._discard, source))
+
+    def _discard(self, source: str) -> None:
         with self._lock:
-            self._compiled[grammar] = matcher
-            while len(self._compiled) > CACHED:
-                self._compiled.popitem(last=False)
-            return matcher.deep_copy()
+            self._compiled.pop(source, None)
 
 
 class Grammar:
@@ -149,10 +153,11 @@ class Grammar:
     may still run into its token limit; one that ends by itself is complete.
     """
 
-    def __init__(self, matcher: LLMatcher, text: np.ndarray, eos: list[int]):
+    def __init__(self, matcher: LLMatcher, text: np.ndarray, eos: list[int], discard: Callable[[], None]):
         self._matcher = matcher
         self._text = text
         self._eos = eos
+        self._discard = discard
         self._next: np.ndarray | None = None
 
     def mask(self, logits: np.ndarray) -> np.ndarray:
@@ -185,7 +190,7 @@ class Grammar:
 
     def copy(self) -> "Grammar":
         """An independent grammar in the same state, for another choice of the same request."""
-        return Grammar(self._matcher.deep_copy(), self._text, self._eos)
+        return Grammar(self._matcher.deep_copy(), self._text, self._eos, self._discard)
 
     @property
     def finished(self) -> bool:
@@ -201,6 +206,8 @@ class Grammar:
         if self._next is None:
             bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
             if self._matcher.is_error():
+                # Copies share the lexer, and one that ran out of states fails for all of them.
+                self._discard()
                 raise InvalidRequest(FIELD, f"could not be followed any further: {_reason(self._matcher)}")
             self._next = np.unpackbits(bits, count=len(self._text), bitorder="little").view(bool) & self._text
             self._next[self._eos] = self._matcher.is_accepting()

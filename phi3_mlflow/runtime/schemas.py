@@ -1,85 +1,53 @@
-"""Which JSON Schemas an answer can be held to: every keyword is enforced or refused by name.
+"""Which JSON Schemas an answer can be held to: every keyword is enforced, says nothing, or is refused by name.
 
 Knows nothing about tokens, masks or llguidance's grammar; it says what llguidance 1.9 may be given.
 """
 
 import json
-import re
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from decimal import Decimal
 from typing import Any
 
+from . import keywords
 from .errors import InvalidRequest, shorten
+from .nodes import Node
+from .numbers import LARGEST, close_bounds, numerator, unwritable
+from .patterns import BUILT_IN, FORMATS, MAX_HOSTNAME, MAX_PATTERN, Untranslatable, translate
+from .references import References, escape
+from .rewriting import Rewriter
 
-# A schema beyond these would spend more time in the grammar compiler than an answer is worth.
-MAX_CHARACTERS = 65_536
+# Beyond these a schema would spend more time being read than an answer is worth.
+MAX_CHARACTERS = 1_000_000
 MAX_DEPTH = 32
-MAX_COUNT = 10_000
-MAX_PATTERN = 2_048
+MAX_COUNT = 1_000_000
+MAX_MULTIPLE = 10_000
 
-# llguidance reads numbers as floats, exactly within these, and pads decimals to 18 digits of an int64 at most.
-MAX_INTEGER = 2**53
-MAX_DIGITS = 15
-MAX_DECIMALS = 18
-# Patterns that apply to one string at a time cost time that doubles with each: 20 of them took 27 seconds.
-MAX_COMBINED = 8
-CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
-
-TYPES = ("string", "number", "integer", "boolean", "object", "array", "null")
-# llguidance's list (parser/src/json/formats.rs) without its placeholder "unknown".
-FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
-DRAFTS = (
-    "http://json-schema.org/draft-06/schema",
-    "http://json-schema.org/draft-07/schema",
-    "https://json-schema.org/draft/2019-09/schema",
-    "https://json-schema.org/draft/2020-12/schema",
-)
-
-ANNOTATIONS = {"title", "description", "default", "examples", "$comment", "deprecated", "readOnly", "writeOnly"}
-SCHEMA = {"items", "additionalProperties"}
-SCHEMA_MAPS = {"properties", "patternProperties", "$defs", "definitions"}
-SCHEMA_LISTS = {"anyOf", "oneOf", "allOf", "prefixItems"}
-COUNTS = {"minItems", "maxItems", "minProperties", "maxProperties", "minLength", "maxLength"}
-NUMBERS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
-ENFORCED = sorted(
-    SCHEMA | SCHEMA_MAPS | SCHEMA_LISTS | COUNTS | NUMBERS
-    | {"type", "enum", "const", "pattern", "format", "required", "$ref"}
-)  # fmt: skip
+ALL_FORMATS = (*sorted({*FORMATS, *BUILT_IN}), *keywords.UNENFORCED_FORMATS)
 
 
 def enforceable(schema: Any, field: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The schema reduced to the keywords that are enforced.
+    """The schema rewritten into what llguidance enforces exactly.
+
+    Keywords mean what the draft that defines them says, whichever is declared; where drafts differ (`$ref` beside
+    other keywords, `exclusiveMinimum: true`, lists as `items`, `id`) the declared one decides, 2020-12 if none is.
+    Definitions that no reference reaches say nothing and are left out.
 
     Args:
-        schema: a JSON Schema (drafts 6 to 2020-12), as plain JSON values.
+        schema: a JSON Schema (drafts 4 to 2020-12), as plain JSON values.
         field: the request's field it came in; errors name `field` and a JSON pointer, `field#/properties/a`.
 
     Returns:
-        The reduced schema, and its patterns (`pattern` and the names of `patternProperties`) by pointer.
+        The rewritten schema, and its patterns by the pointer where they stood.
 
     Raises:
-        InvalidRequest: a keyword or value that cannot be enforced, a schema that is too large or too deep, or one
-            that no finite answer can meet because it requires itself.
+        InvalidRequest: a keyword or value that cannot be enforced, a schema that is too large, too deep or too
+            costly, or one that no finite answer can meet because it requires itself.
     """
     if not isinstance(schema, dict):
         raise InvalidRequest(field, f"must be a JSON Schema object; it is {shorten(schema)}")
     check_size(schema, field)
-    checker = _Checker(field)
-    reduced = checker.schema(schema, "#")
-    for pointer, target in checker.references:
-        if target not in checker.schemas:
-            raise checker.error(f"{pointer}/$ref", f"points to {shorten(target)}, which is no schema in this document")
-    combined = len(checker.patterns) + checker.formats
-    if checker.combines and combined > MAX_COMBINED:
-        raise checker.error(
-            "#", f"combines schemas (`allOf`, or keywords beside `$ref`, `anyOf`, `oneOf`) and has {combined} patterns "
-            f"and formats; at most {MAX_COMBINED} can be combined"
-        )  # fmt: skip
-    endless = checker.schemas.keys() - _completable(checker.schemas)
-    if endless:
-        raise checker.error(min(endless, key=len), "requires itself, so no answer could ever end")
-    return reduced, checker.patterns
+    reader = _Reader(schema, field)
+    root = reader.node("#")
+    return Rewriter(reader.node, field).document(root), reader.patterns
 
 
 def check_size(value: Any, field: str) -> None:
@@ -103,227 +71,276 @@ def _children(value: Any) -> Iterator[Any]:
         yield from value
 
 
-class _Checker:
-    """One walk over a schema: reduces it, and collects its subschemas, references and patterns by JSON pointer."""
+class _Reader:
+    """Reads schemas of one document into nodes: checks each keyword's value and gives every draft's way one form."""
 
-    def __init__(self, field: str):
+    def __init__(self, document: dict[str, Any], field: str):
         self.field = field
-        self.schemas: dict[str, Any] = {}
-        self.references: list[tuple[str, str]] = []
         self.patterns: dict[str, str] = {}
-        self.formats = 0
-        self.combines = False
-        self.kinds: list[tuple[set[str], Callable[[str, Any, str], Any]]] = [
-            (SCHEMA, lambda _, value, pointer: self.schema(value, pointer)),
-            (SCHEMA_MAPS, self.schema_map),
-            (SCHEMA_LISTS, self.schema_list),
-            (COUNTS, self.count),
-            (NUMBERS, self.number),
-            ({"type"}, self.type),
-            ({"enum", "const"}, self.instances),
-            ({"pattern"}, self.pattern),
-            ({"format"}, self.format),
-            ({"required"}, self.required),
-            ({"$ref"}, self.reference),
-        ]
+        self._nodes: dict[str, Node | bool] = {}
+        declared = document.get("$schema", "json-schema.org/draft/2020-12/schema")
+        self.draft = keywords.draft(declared) or 0
+        if not self.draft:
+            known = ", ".join(f"http://{uri}" for uri in keywords.DRAFTS)
+            raise self.error("#/$schema", f"is {shorten(declared)}; these drafts are supported: {known}")
+        self._references = References(document, self.draft)
+        self._values: dict[str, tuple[Any, str]] = {"#": (document, self._references.base("#") or "")}
+        self._kinds: dict[str, Callable[[Node, str, Any, str], None]] = {
+            **dict.fromkeys(("additionalProperties", "propertyNames", "not", "if", "then", "else"), self._one),
+            **dict.fromkeys(("properties", "patternProperties", "dependentSchemas"), self._map),
+            **dict.fromkeys(("anyOf", "oneOf", "allOf", "prefixItems"), self._list),
+            **dict.fromkeys(
+                ("minItems", "maxItems", "minProperties", "maxProperties", "minLength", "maxLength"), self._count
+            ),
+            **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), self._bound),
+            **dict.fromkeys(("unevaluatedItems", "unevaluatedProperties"), self._unevaluated),
+            "type": self._type,
+            "enum": self._enum,
+            "const": self._enum,
+            "multipleOf": self._multiple,
+            "items": self._items,
+            "uniqueItems": self._unique,
+            "required": self._required,
+            "dependencies": self._dependencies,
+            "dependentRequired": self._dependencies,
+            "pattern": self._pattern,
+            "format": self._format,
+            "$ref": self._reference,
+        }
 
     def error(self, pointer: str, problem: str) -> InvalidRequest:
         return InvalidRequest(f"{self.field}{pointer}", problem)
 
-    def schema(self, schema: Any, pointer: str) -> Any:
-        if isinstance(schema, list) and pointer.endswith("/items"):
-            raise self.error(pointer, "must be one schema; use `prefixItems` for a list of them")
-        if not isinstance(schema, (dict, bool)):
-            raise self.error(pointer, f"must be a schema (an object or a boolean); it is {shorten(schema)}")
+    def node(self, pointer: str) -> Node | bool:
+        """The node of the schema at a pointer: the root, or the target of a reference read before."""
+        if pointer not in self._nodes:
+            value, base = self._values[pointer]
+            self._nodes[pointer] = self._schema(value, pointer, base)
+        return self._nodes[pointer]
+
+    def _schema(self, schema: Any, at: str, base: str, within: frozenset[str] | None = None) -> Node | bool:
+        """One schema; `within` are the types that the schema around it leaves, where both judge the same value."""
         if isinstance(schema, bool):
-            self.schemas[pointer] = schema
             return schema
-        reduced = {}
+        if not isinstance(schema, dict):
+            raise self.error(at, f"must be a schema (an object or a boolean); it is {shorten(schema)}")
+        own = self._references.base(at)
+        node = Node(at, base if own is None else own)
+        if "$ref" in schema and self.draft <= 7:
+            schema = {"$ref": schema["$ref"]}
+        if self._declares_another_draft(schema, own is not None):
+            raise self.error(f"{at}/$schema", f"is {shorten(schema['$schema'])}; one document keeps to one draft")
+        for keyword in ("type", "enum", "const"):
+            if keyword in schema:
+                self._kinds[keyword](node, keyword, schema[keyword], f"{at}/{keyword}")
+        node.limit(None if "$ref" in schema else within)
+        types = node.types()
         for keyword, value in schema.items():
-            at = f"{pointer}/{_escape(keyword)}"
-            if keyword in ANNOTATIONS or (pointer == "#" and keyword == "$id"):
+            if keyword in keywords.NAMING or keyword in ("type", "enum", "const"):
                 continue
-            if keyword == "$schema" and pointer == "#":
-                if not isinstance(value, str) or value.rstrip("#") not in DRAFTS:
-                    raise self.error(at, f"is {shorten(value)}; these drafts are supported: {', '.join(DRAFTS)}")
+            pointer = f"{at}/{escape(keyword)}"
+            if keyword in keywords.ABOUT and not types & keywords.ABOUT[keyword]:
                 continue
-            # `uniqueItems: false` asks for nothing.
-            if keyword == "uniqueItems" and value is False:
-                continue
-            check = next((check for names, check in self.kinds if keyword in names), None)
-            if check is None:
-                raise self.error(
-                    at,
-                    f"is not supported: an answer cannot be held to {shorten(keyword)}. "
-                    f"Supported: {', '.join(ENFORCED)}",
-                )
-            reduced[keyword] = check(keyword, value, at)
-        self.unique_names(reduced, pointer)
-        _close_bounds(reduced)
-        applied = reduced.keys() - {"$defs", "definitions"}
-        self.combines |= "allOf" in applied or (len(applied) > 1 and not applied.isdisjoint({"$ref", "anyOf", "oneOf"}))
-        self.schemas[pointer] = reduced
-        return reduced
+            if keyword in keywords.REFUSED:
+                raise self.error(pointer, f"is not supported: {keywords.REFUSED[keyword]}")
+            if keyword in self._kinds:
+                self._kinds[keyword](node, keyword, value, pointer)
+            elif keyword not in keywords.ANNOTATIONS:
+                right = keywords.misspelled(keyword, keywords.REAL)
+                if right:
+                    raise self.error(pointer, f"is not supported; did you mean {right!r}?")
+        self._settle(node, schema)
+        return node
 
-    def unique_names(self, schema: dict[str, Any], pointer: str) -> None:
-        """Refuse counts of properties that repeated names could fake: llguidance lets free names repeat."""
-        fewest, named = schema.get("minProperties", 0), set(schema.get("required", []))
-        if fewest > max(1, len(named)):
-            raise self.error(
-                f"{pointer}/minProperties",
-                f"is {fewest}; at most 1, or the number of `required` names, can be enforced",
-            )
+    def _declares_another_draft(self, schema: dict[str, Any], resource: bool) -> bool:
+        """Whether a `$schema` within the document matters: with an identifier it begins a document of its own."""
+        inner = keywords.draft(schema.get("$schema"))
+        return "$schema" in schema and (inner is None or (resource and (inner <= 7) != (self.draft <= 7)))
 
-    def schema_map(self, keyword: str, value: Any, pointer: str) -> dict[str, Any]:
+    def _settle(self, node: Node, schema: dict[str, Any]) -> None:
+        """What only shows once all keywords of a schema are read."""
+        if isinstance(schema.get("items"), list) and "additionalItems" in schema and "array" in node.types():
+            node["items"] = self._schema(schema["additionalItems"], f"{node.at}/additionalItems", node.base)
+        for bound, inclusive in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+            if schema.get(bound) is True and inclusive in node:
+                node[bound] = schema[inclusive]
+        problem = close_bounds(node)
+        if problem:
+            raise self.error(f"{node.at}/{problem}", f"is {shorten(schema[problem])}; {LARGEST} is the largest bound")
+        if "if" not in node:
+            node.pop("then", None)
+            node.pop("else", None)
+        applicators = node.keys() & {"$ref", "anyOf", "oneOf", "allOf", "if", "dependent"}
+        for word, plain in (("unevaluatedItems", "items"), ("unevaluatedProperties", "additionalProperties")):
+            if word in node:
+                rest = node.pop(word)
+                if plain in node:
+                    continue
+                if applicators:
+                    raise self.error(
+                        f"{node.at}/{word}", f"is not supported beside {', '.join(sorted(applicators))}; use `{plain}`"
+                    )
+                node[plain] = rest
+
+    def _one(self, node: Node, keyword: str, value: Any, at: str) -> None:
+        within = node.types() if keyword in keywords.COMBINING else None
+        node[keyword] = self._schema(value, at, node.base, within)
+
+    def _map(self, node: Node, keyword: str, value: Any, at: str) -> None:
         if not isinstance(value, dict):
-            raise self.error(pointer, f"must be an object of schemas; it is {shorten(value)}")
-        self.writable(dict.fromkeys(value), pointer)
-        if keyword == "patternProperties":
-            for name in value:
-                self.pattern(keyword, name, f"{pointer}/{_escape(name)}")
-        return {name: self.schema(schema, f"{pointer}/{_escape(name)}") for name, schema in value.items()}
+            raise self.error(at, f"must be an object of schemas; it is {shorten(value)}")
+        self._writable(list(value), at)
+        within = node.types() if keyword == "dependentSchemas" else None
+        keyword = "dependent" if keyword == "dependentSchemas" else keyword
+        schemas = node.setdefault(keyword, {})
+        for name, child in value.items():
+            pointer = f"{at}/{escape(name)}"
+            schema = self._schema(child, pointer, node.base, within)
+            key = self._expression(name, pointer) if keyword == "patternProperties" else name
+            schemas[key] = Node(pointer, node.base, {"allOf": [schemas[key], schema]}) if key in schemas else schema
 
-    def schema_list(self, keyword: str, value: Any, pointer: str) -> list[Any]:
+    def _list(self, node: Node, keyword: str, value: Any, at: str) -> None:
         if not isinstance(value, list) or not value:
-            raise self.error(pointer, f"must be a list of at least one schema; it is {shorten(value)}")
-        return [self.schema(schema, f"{pointer}/{index}") for index, schema in enumerate(value)]
+            raise self.error(at, f"must be a list of at least one schema; it is {shorten(value)}")
+        within = None if keyword == "prefixItems" else node.types()
+        node[keyword] = [self._schema(child, f"{at}/{index}", node.base, within) for index, child in enumerate(value)]
 
-    def count(self, keyword: str, value: Any, pointer: str) -> int:
+    def _items(self, node: Node, keyword: str, value: Any, at: str) -> None:
+        if isinstance(value, list):
+            if value:
+                self._list(node, "prefixItems", value, at)
+        else:
+            node["items"] = self._schema(value, at, node.base)
+
+    def _unevaluated(self, node: Node, keyword: str, value: Any, at: str) -> None:
+        if value is not True:
+            node[keyword] = self._schema(value, at, node.base)
+
+    def _count(self, node: Node, keyword: str, value: Any, at: str) -> None:
         whole = isinstance(value, float) and value.is_integer()
-        if isinstance(value, bool) or not (isinstance(value, int) or whole) or not 0 <= value <= MAX_COUNT:
-            raise self.error(pointer, f"must be a whole number from 0 to {MAX_COUNT}; it is {shorten(value)}")
-        return int(value)
+        if isinstance(value, bool) or not (isinstance(value, int) or whole) or value < 0:
+            raise self.error(at, f"must be a whole number from 0 on; it is {shorten(value)}")
+        if value > MAX_COUNT and keyword.startswith("min"):
+            raise self.error(at, f"is {shorten(value)}; at most {MAX_COUNT} can be enforced")
+        if value <= MAX_COUNT:  # an answer does not get that long
+            node[keyword] = min(int(value), node[keyword]) if keyword in node else int(value)
 
-    def number(self, keyword: str, value: Any, pointer: str) -> int | float:
+    def _bound(self, node: Node, keyword: str, value: Any, at: str) -> None:
+        if keyword.startswith("exclusive") and isinstance(value, bool):
+            return
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self.error(pointer, f"must be a number; it is {shorten(value)}")
-        self.exact(value, pointer)
+            raise self.error(at, f"must be a number; it is {shorten(value)}")
+        node[keyword] = value
+
+    def _multiple(self, node: Node, keyword: str, value: Any, at: str) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise self.error(at, f"must be a number above 0; it is {shorten(value)}")
         # Validators divide in binary, where 0.3 is no multiple of 0.1.
-        if keyword == "multipleOf" and (value <= 0 or value != int(value)):
-            raise self.error(pointer, f"must be a positive whole number; it is {shorten(value)}")
-        return value
+        if value > MAX_MULTIPLE or value * 1024 % 1 or numerator(value) > MAX_MULTIPLE:
+            raise self.error(
+                at,
+                f"is {shorten(value)}; whole numbers up to {MAX_MULTIPLE} and binary fractions to 1/16 can be enforced",
+            )
+        node[keyword] = int(value) if value == int(value) else value
 
-    def exact(self, value: Any, pointer: str) -> None:
-        """Refuse numbers that llguidance would round: it reads them as floats, and a float's last digit inexactly."""
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            _, digits, exponent = Decimal(repr(value)).normalize().as_tuple()
-            whole = isinstance(value, int) and len(digits) <= MAX_DIGITS + 1
-            written = isinstance(exponent, int) and exponent >= -MAX_DECIMALS
-            if abs(value) > MAX_INTEGER or not written or not (whole or len(digits) <= MAX_DIGITS):
-                raise self.error(
-                    pointer,
-                    f"is {shorten(value)}; numbers up to {MAX_INTEGER} with at most {MAX_DIGITS} digits, "
-                    f"{MAX_DECIMALS} of them after the point, can be enforced",
-                )
-        for child in _children(value):
-            self.exact(child, pointer)
-
-    def type(self, keyword: str, value: Any, pointer: str) -> Any:
+    def _type(self, node: Node, keyword: str, value: Any, at: str) -> None:
         names = value if isinstance(value, list) and value else [value]
         for name in names:
-            if name not in TYPES:
-                raise self.error(pointer, f"is {shorten(name)}; the types are {', '.join(TYPES)}")
-        return value
+            if name not in keywords.TYPES:
+                raise self.error(at, f"is {shorten(name)}; the types are {', '.join(keywords.TYPES)}")
+        node["type"] = list(dict.fromkeys(names))
 
-    def instances(self, keyword: str, value: Any, pointer: str) -> Any:
+    def _enum(self, node: Node, keyword: str, value: Any, at: str) -> None:
         if keyword == "enum" and (not isinstance(value, list) or not value):
-            raise self.error(pointer, f"must be a list of at least one value; it is {shorten(value)}")
-        self.exact(value, pointer)
-        self.writable(value, pointer)
-        return value
+            raise self.error(at, f"must be a list of at least one value; it is {shorten(value)}")
+        values = value if keyword == "enum" else [value]
+        problem = unwritable(values)
+        if problem:
+            raise self.error(at, problem)
+        self._writable(values, at)
+        node.choose(values)
 
-    def writable(self, value: Any, pointer: str) -> None:
+    def _writable(self, values: Any, at: str) -> None:
         """Refuse control characters that llguidance writes as \\u and a number; answers do without those escapes."""
-        names = list(value) if isinstance(value, dict) else [value]
-        for text in names:
-            if isinstance(text, str) and CONTROL.search(text):
-                raise self.error(pointer, f"has a control character, which no answer can contain: {shorten(text)}")
-        for child in _children(value):
-            self.writable(child, pointer)
+        level = [values]
+        while level:
+            for value in level:
+                texts = value if isinstance(value, dict) else [value]
+                for text in texts:
+                    if isinstance(text, str) and not text.isprintable() and any(_control(char) for char in text):
+                        raise self.error(at, f"has a control character, which no answer can contain: {shorten(text)}")
+            level = [child for value in level for child in _children(value)]
 
-    def pattern(self, keyword: str, value: Any, pointer: str) -> str:
-        if not isinstance(value, str) or len(value) > MAX_PATTERN:
+    def _expression(self, pattern: Any, at: str) -> str:
+        if not isinstance(pattern, str) or len(pattern) > MAX_PATTERN:
             raise self.error(
-                pointer, f"must be a regular expression of at most {MAX_PATTERN} characters; it is {shorten(value)}"
+                at, f"must be a regular expression of at most {MAX_PATTERN} characters; it is {shorten(pattern)}"
             )
-        self.patterns[pointer] = value
-        return value
+        try:
+            self.patterns[at] = translate(pattern)
+        except Untranslatable as problem:
+            raise self.error(at, f"is {shorten(pattern)}; {problem}") from None
+        return self.patterns[at]
 
-    def format(self, keyword: str, value: Any, pointer: str) -> str:
-        if value not in FORMATS:
-            raise self.error(pointer, f"is {shorten(value)}; these formats can be enforced: {', '.join(FORMATS)}")
-        self.formats += 1
-        return str(value)
+    def _pattern(self, node: Node, keyword: str, value: Any, at: str) -> None:
+        node.setdefault("patterns", []).append(self._expression(value, at))
 
-    def required(self, keyword: str, value: Any, pointer: str) -> list[str]:
+    def _format(self, node: Node, keyword: str, value: Any, at: str) -> None:
+        if not isinstance(value, str):
+            raise self.error(at, f"must be a text; it is {shorten(value)}")
+        if value in FORMATS:
+            node.setdefault("patterns", []).append(FORMATS[value])
+            if value == "hostname":
+                node["maxLength"] = min(node.get("maxLength", MAX_HOSTNAME), MAX_HOSTNAME)
+        elif value in BUILT_IN:
+            node["format"] = value
+        elif value in keywords.UNENFORCED_FORMATS or keywords.misspelled(value, ALL_FORMATS):
+            formats = ", ".join(sorted({*FORMATS, *BUILT_IN}))
+            raise self.error(at, f"is {shorten(value)}; these formats can be enforced: {formats}")
+
+    def _required(self, node: Node, keyword: str, value: Any, at: str) -> None:
+        if value is False:  # draft 3's way of saying nothing
+            return
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            raise self.error(pointer, f"must be a list of property names; it is {shorten(value)}")
-        self.writable(value, pointer)
-        return value
+            raise self.error(at, f"must be a list of property names; it is {shorten(value)}")
+        self._writable(value, at)
+        node["required"] = list(dict.fromkeys(value))
 
-    def reference(self, keyword: str, value: Any, pointer: str) -> str:
-        if not isinstance(value, str) or not re.fullmatch(r"#(/[^%]*)?", value):
+    def _dependencies(self, node: Node, keyword: str, value: Any, at: str) -> None:
+        if not isinstance(value, dict):
+            raise self.error(at, f"must be an object; it is {shorten(value)}")
+        self._writable(list(value), at)
+        dependent = node.setdefault("dependent", {})
+        for name, then in value.items():
+            pointer = f"{at}/{escape(name)}"
+            schema: Node | bool
+            if isinstance(then, list):
+                schema = Node(pointer, node.base, {"type": ["object"]})
+                self._required(schema, "required", then, pointer)
+            else:
+                schema = self._schema(then, pointer, node.base, node.types())
+            both = [dependent[name], schema] if name in dependent else []
+            dependent[name] = Node(pointer, node.base, {"allOf": both}) if both else schema
+
+    def _unique(self, node: Node, keyword: str, value: Any, at: str) -> None:
+        if not isinstance(value, bool):
+            raise self.error(at, f"must be true or false; it is {shorten(value)}")
+        if value:
+            node["uniqueItems"] = True
+
+    def _reference(self, node: Node, keyword: str, value: Any, at: str) -> None:
+        if not isinstance(value, str):
+            raise self.error(at, f"must be a text; it is {shorten(value)}")
+        found = self._references.resolve(node.base, value)
+        if found is None or not isinstance(found[1], (dict, bool)):
             raise self.error(
-                pointer, f"is {shorten(value)}; references within the schema, `#` or `#/$defs/name`, are supported"
-            )
-        self.references.append((pointer.removesuffix("/$ref"), value))
-        return value
+                at, f"is {shorten(value)}, which is no schema in this document; references lead to one within it, "
+                "`#` or `#/$defs/name`"
+            )  # fmt: skip
+        pointer, target, base = found
+        self._values.setdefault(pointer, (target, base))
+        node["$ref"] = pointer
 
 
-def _close_bounds(schema: dict[str, Any]) -> None:
-    """Replace exclusive bounds by the next number inside, as far as MAX_DIGITS go.
-
-    Text just below an exclusive 1 (0.99999999999999999) is read back as 1, and llguidance takes 0 for above 0.
-    """
-    for exclusive, inclusive, tighter, sign in (
-        ("exclusiveMinimum", "minimum", max, 1),
-        ("exclusiveMaximum", "maximum", min, -1),
-    ):
-        if exclusive in schema:
-            bound = Decimal(repr(schema.pop(exclusive)))
-            step = Decimal(1).scaleb(max(bound.adjusted() - MAX_DIGITS + 1, -MAX_DECIMALS) if bound else -MAX_DIGITS)
-            closed = float(bound + sign * step)
-            schema[inclusive] = tighter(schema.get(inclusive, closed), closed)
-
-
-def _escape(name: str) -> str:
-    return name.replace("~", "~0").replace("/", "~1")
-
-
-def _completable(schemas: dict[str, Any]) -> set[str]:
-    """Pointers of the schemas that some finite value meets, as far as references decide it: the least fixed point."""
-    unmet = {}
-    waiting = defaultdict(list)
-    for pointer, schema in schemas.items():
-        needs = [] if isinstance(schema, bool) else _needs(schema, pointer)
-        unmet[pointer] = set(range(len(needs)))
-        for index, alternatives in enumerate(needs):
-            for target in alternatives:
-                waiting[target].append((pointer, index))
-    ready = [pointer for pointer, open_needs in unmet.items() if not open_needs]
-    done = set()
-    while ready:
-        target = ready.pop()
-        done.add(target)
-        for pointer, index in waiting[target]:
-            if index in unmet[pointer]:
-                unmet[pointer].remove(index)
-                if not unmet[pointer]:
-                    ready.append(pointer)
-    return done
-
-
-def _needs(schema: dict[str, Any], pointer: str) -> list[list[str]]:
-    """What a value of this schema cannot do without: pointers, one of each list."""
-    needs = [[schema["$ref"]]] if "$ref" in schema else []
-    needs += [[f"{pointer}/allOf/{index}"] for index in range(len(schema.get("allOf", [])))]
-    named = schema.get("properties", {})
-    needs += [[f"{pointer}/properties/{_escape(name)}"] for name in schema.get("required", []) if name in named]
-    fewest, prefix = schema.get("minItems", 0), len(schema.get("prefixItems", []))
-    needs += [[f"{pointer}/prefixItems/{index}"] for index in range(min(fewest, prefix))]
-    if "items" in schema and fewest > prefix:
-        needs.append([f"{pointer}/items"])
-    for word in ("anyOf", "oneOf"):
-        if word in schema:
-            needs.append([f"{pointer}/{word}/{index}" for index in range(len(schema[word]))])
-    return needs
+def _control(char: str) -> bool:
+    return (char < " " and char not in "\b\t\n\f\r") or char == "\x7f"
