@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -196,32 +197,51 @@ def _log_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _log_one(builder: str, **options: Any) -> dict[str, Any]:
+def _log(*asked: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Logs models: all of them are checked before the first download, and downloaded before the first is logged."""
     import mlflow
 
     from phi3_mlflow.builders import onnx, transformers
+    from phi3_mlflow.builders import plan as build
 
-    config = parse_config(options["config"])
-    named = {"name": options["name"]} if options["name"] else {}
-    info = (onnx if builder == "onnx" else transformers).log_model(
-        options["weights"],
-        **named,
-        revision=options["revision"] or None,
-        task=options["task"],
-        target=options["target"],
-        template=not options["raw"],
-        model_config=config,
-        registered_model_name=options["register"] or None,
-        alias=options["alias"] or None,
-    )
-    result: dict[str, Any] = {"builder": builder, "model_uri": info.model_uri, "run_id": info.run_id}
-    result["tracking_uri"] = mlflow.get_tracking_uri()
-    if options["register"]:
-        result["registered"] = f"models:/{options['register']}/{info.registered_model_version}"
-    return result
+    plans = []
+    for builder, options in asked:
+        if options["raw"] and options["task"] in (None, "llm/v1/chat") and options["target"] == "mlflow":
+            raise click.UsageError("--raw needs --task llm/v1/completions or --task flat: a chat has its template")
+        planned = (onnx if builder == "onnx" else transformers).plan(
+            options["weights"],
+            revision=options["revision"] or None,
+            task=options["task"],
+            target=options["target"],
+            template=not options["raw"],
+            model_config=parse_config(options["config"]),
+        )
+        entry = build.Entry(
+            name=options["name"] or f"phi3-{builder}",
+            registered_model_name=options["register"] or None,
+            alias=options["alias"] or None,
+        )
+        plans.append((builder, planned, entry))
+    for _, planned, entry in plans:
+        build.check(planned, entry)
+    for _, planned, _ in plans:
+        planned.source.fetch()
+    results = []
+    for builder, planned, entry in plans:
+        info = build.log(planned, entry)
+        result: dict[str, Any] = {"builder": builder, "model_uri": info.model_uri, "run_id": info.run_id}
+        result["tracking_uri"] = mlflow.get_tracking_uri()
+        if entry.registered_model_name:
+            result["registered"] = f"models:/{entry.registered_model_name}/{info.registered_model_version}"
+        results.append(result)
+    return results
 
 
-def _print_logged(results: list[dict[str, Any]], as_json: bool) -> None:
+def _log_and_print(as_json: bool, *asked: tuple[str, dict[str, Any]]) -> None:
+    from phi3_mlflow.bars import no_bars
+
+    with no_bars() if as_json else nullcontext():
+        results = _log(*asked)
     if as_json:
         click.echo(json.dumps(results[0] if len(results) == 1 else results, indent=2))
         return
@@ -243,7 +263,7 @@ def log_transformers(as_json: bool, **options: Any) -> None:
     Example:
       phi3-mlflow log transformers --weights microsoft/Phi-3-mini-4k-instruct --register phi3 --alias champion
     """
-    _print_logged([_log_one("transformers", **options)], as_json)
+    _log_and_print(as_json, ("transformers", options))
 
 
 @log.command("onnx")
@@ -256,7 +276,7 @@ def log_onnx(as_json: bool, **options: Any) -> None:
     Example:
       phi3-mlflow log onnx --weights microsoft/Phi-3-mini-4k-instruct-onnx -c temperature=0.7
     """
-    _print_logged([_log_one("onnx", **options)], as_json)
+    _log_and_print(as_json, ("onnx", options))
 
 
 @log.command("both")
@@ -270,11 +290,11 @@ def log_both(transformers_weights: str, onnx_weights: str, as_json: bool, **opti
     Example:
       phi3-mlflow log both --register phi3
     """
-    results = []
+    asked = []
     for builder, weights in (("transformers", transformers_weights), ("onnx", onnx_weights)):
         named = {key: f"{options[key]}-{builder}" if options[key] else "" for key in ("name", "register")}
-        results.append(_log_one(builder, **{**options, **named, "weights": weights}))
-    _print_logged(results, as_json)
+        asked.append((builder, {**options, **named, "weights": weights}))
+    _log_and_print(as_json, *asked)
 
 
 @cli.command()

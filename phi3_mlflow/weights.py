@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -236,6 +237,7 @@ def _from_hub(text: str, form: Form, revision: str | None) -> Source:
         return _here(weights, form)
     folder = _folder_in_repo(repo, folders, form, listing.names())
 
+    @cache
     def fetch() -> Weights:
         root = hub.download(listing, _patterns(folder, form))
         check(root / folder, form)
