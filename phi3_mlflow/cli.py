@@ -221,13 +221,12 @@ def _log(*asked: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
             registered_model_name=options["register"] or None,
             alias=options["alias"] or None,
         )
-        plans.append((builder, planned, entry))
-    for _, planned, entry in plans:
-        build.check(planned, entry)
-    for _, planned, _ in plans:
+        plans.append((planned, entry))
+    build.check(*plans)
+    for planned, _ in plans:
         planned.source.fetch()
     results = []
-    for builder, planned, entry in plans:
+    for (builder, _), (planned, entry) in zip(asked, plans, strict=True):
         info = build.log(planned, entry)
         result: dict[str, Any] = {"builder": builder, "model_uri": info.model_uri, "run_id": info.run_id}
         result["tracking_uri"] = mlflow.get_tracking_uri()

@@ -146,20 +146,23 @@ def temporary_size(source: Source, *, links: bool) -> int:
     return 0 if linked else source.size
 
 
-def check_space(source: Source, folder: Path | None, *, temporary: int) -> None:
-    """Compares free disk space with what the download, the temporary folder and the model take together.
+def check_space(sources: Sequence[Source], folders: Sequence[Path | None], *, temporary: int) -> None:
+    """Compares free disk space with what downloads, the temporary folder and the models take together.
 
     Args:
-        source: the weights.
-        folder: where the model goes; None where that is not a disk of this machine.
+        sources: the weights of each model.
+        folders: where each model goes; None where that is not a disk of this machine.
         temporary: bytes of a copy in the temporary folder.
 
     Raises:
         BuildError: a disk has too little space left.
     """
-    takes = [(source.folder, source.missing), (Path(tempfile.gettempdir()), temporary)]
-    if folder is not None:
-        takes.append((folder, source.size))
+    takes = [(Path(tempfile.gettempdir()), temporary)]
+    for source, folder in zip(sources, folders, strict=True):
+        if source.missing:
+            takes.append((source.folder, source.missing))
+        if folder is not None:
+            takes.append((folder, source.size))
     for place, _ in takes:
         disk = _device(place)
         needed = _BESIDE + sum(size for other, size in takes if _device(other) == disk)

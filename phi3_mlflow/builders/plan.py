@@ -67,28 +67,27 @@ def save(plan: Plan, path: str | Path) -> None:
     """
     path = Path(path)
     destination.check_folder(path)
-    destination.check_space(plan.source, path, temporary=0)
+    destination.check_space([plan.source], [path], temporary=0)
     write = plan.prepare(plan.source.fetch())
     with destination.removed_on_failure(lambda: path):
         write(path, Model(), False)
 
 
-def check(plan: Plan, entry: Entry) -> str | None:
-    """Checks where a model is to be logged: names, stores, the run, prompts, space. Writes nothing of the model.
-
-    Returns:
-        The id of the run that the model belongs to: the given one, the active one, or the one that `mlflow run` made.
+def check(*models: tuple[Plan, Entry]) -> None:
+    """Checks where models are to be logged: names, stores, the run, prompts, space. Nothing of them is written.
 
     Raises:
         BuildError: something is not allowed or not there; the message names it.
     """
-    destination.check_names(entry.name, entry.registered_model_name, entry.alias)
-    destination.check_stores(registry=entry.registered_model_name is not None)
-    run_id = destination.find_run(entry.run_id)
-    destination.check_prompts(entry.prompts or ())
-    folder = destination.artifact_folder(run_id)
-    destination.check_space(plan.source, folder, temporary=destination.temporary_size(plan.source, links=plan.links))
-    return run_id
+    for _, entry in models:
+        destination.check_names(entry.name, entry.registered_model_name, entry.alias)
+    destination.check_stores(registry=any(entry.registered_model_name for _, entry in models))
+    folders = []
+    for _, entry in models:
+        destination.check_prompts(entry.prompts or ())
+        folders.append(destination.artifact_folder(destination.find_run(entry.run_id)))
+    temporary = max(destination.temporary_size(plan.source, links=plan.links) for plan, _ in models)
+    destination.check_space([plan.source for plan, _ in models], folders, temporary=temporary)
 
 
 def log(plan: Plan, entry: Entry) -> ModelInfo:
@@ -101,7 +100,7 @@ def log(plan: Plan, entry: Entry) -> ModelInfo:
         BuildError: as for `check`, or the disk is full. No model is left that counts as whole.
         Exception: what the builder refuses.
     """
-    run_id = check(plan, entry)
+    check((plan, entry))
     write = plan.prepare(plan.source.fetch())
     made: list[Model] = []
 
@@ -116,7 +115,7 @@ def log(plan: Plan, entry: Entry) -> ModelInfo:
             flavor=SimpleNamespace(save_model=save_model),
             registered_model_name=entry.registered_model_name,
             await_registration_for=entry.await_registration_for,
-            run_id=run_id,
+            run_id=destination.find_run(entry.run_id),
             prompts=list(entry.prompts) if entry.prompts else None,
             model_type=entry.model_type,
             params=dict(entry.params or {}),
