@@ -52,8 +52,18 @@ class _Group(click.Group):
             from sqlalchemy.exc import SQLAlchemyError
 
             if isinstance(error, (MlflowException, SQLAlchemyError)):
-                raise click.ClickException(str(error).splitlines()[0]) from error
+                raise click.ClickException(f"{str(error).splitlines()[0]}{_searched(error)}") from error
             raise
+
+
+def _searched(error: Exception) -> str:
+    """Where something that is not there was looked for."""
+    import mlflow
+
+    if getattr(error, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
+        return ""
+    stores = " and ".join(dict.fromkeys([mlflow.get_tracking_uri(), mlflow.get_registry_uri()]))
+    return f" (looked for in {stores}; MLFLOW_TRACKING_URI names another store)"
 
 
 def main() -> None:
@@ -298,14 +308,15 @@ def log_both(transformers_weights: str, onnx_weights: str, as_json: bool, **opti
 
 @cli.command()
 @click.argument("model", required=False)
-@click.option("-p", "--prompt", help="Ask this, print the answer and end.")
+@click.option("-p", "--prompt", help="Ask this, print the answer and end; - reads the prompt from standard input.")
 @click.option("--system", help="A system message.")
 @click.option("-o", "--option", multiple=True, metavar="NAME=VALUE", help="Such as temperature=0.7. Repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="With -p: print the whole completion object.")
 def chat(model: str | None, prompt: str | None, system: str | None, option: tuple[str, ...], as_json: bool) -> None:
     """Talk to a logged model, or the embedded one.
 
-    MODEL is any model URI of MLflow: models:/NAME@alias, models:/m-..., runs:/..., or a folder.
+    MODEL is any model URI of MLflow: models:/NAME@alias, models:/m-..., runs:/..., or a folder. From a pipe each line
+    is a question of one conversation; the exit code is 1 where one was not answered.
 
     \b
     Examples:
@@ -313,18 +324,26 @@ def chat(model: str | None, prompt: str | None, system: str | None, option: tupl
       phi3-mlflow chat models:/phi3@champion --system "You are brief." -o temperature=0.7
     """
     from phi3_mlflow import terminal
+    from phi3_mlflow.bars import no_bars
 
     options = {name: check(name, value) for name, value in parse_config(option).items()}
     if as_json and prompt is None:
         raise click.UsageError("--json needs -p")
+    for what, text in (("prompt", prompt), ("system message", system)):
+        # Bytes of the command line that are no text arrive as lone surrogates.
+        if text is not None and not text.isascii() and text.encode("utf-8", "replace").decode() != text:
+            raise click.UsageError(f"the {what} is not valid UTF-8")
+    if prompt == "-":
+        prompt = terminal.read_prompt()
     if prompt is not None and not prompt:
         raise click.UsageError("the prompt is empty")
     if options.get("n", 1) != 1 and not as_json:
         raise click.UsageError("n above 1 needs -p and --json")
-    with terminal.loaded(model) as loaded:
+    with no_bars() if as_json else nullcontext(), terminal.loaded(model) as loaded:
         conversation = terminal.Conversation(loaded, system, options)
         if prompt is None:
-            terminal.talk(conversation)
+            if not terminal.talk(conversation):
+                raise click.exceptions.Exit(1)
         elif as_json:
             click.echo(json.dumps(conversation.ask_whole(prompt), indent=2, ensure_ascii=False))
         else:
