@@ -4,7 +4,6 @@ MLflow gives all entry points of an MLproject file one environment, and the ONNX
 other environment, such as that of `--env-manager local`, is left as it is. The versions are those of constraints.txt.
 """
 
-import os
 import re
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 # On Linux the package index's torch brings gigabytes of CUDA; PyTorch's own index has a build for CPUs.
-CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+CPU_INDEX = ("--retries", "0", "--timeout", "20", "--index-url", "https://download.pytorch.org/whl/cpu")
 
 
 def main() -> int:
@@ -24,22 +23,16 @@ def main() -> int:
     lines = (Path(__file__).parent.parent / "constraints.txt").read_text("utf-8").splitlines()
     pins = [line for line in lines if line.partition("==")[0] in missing]
     torch = [line for line in pins if line.startswith("torch==")]
-    if sys.platform == "linux" and torch and install("--index-url", CPU_INDEX, *torch, patient=False) == 0:
+    if sys.platform == "linux" and torch and install(*torch, *CPU_INDEX) == 0:
         pins.remove(torch[0])
     return install(*pins) if pins else 0
 
 
-def install(*arguments: str, patient: bool = True) -> int:
-    """Runs pip, or uv where the environment has no pip, as in those that MLflow makes with uv."""
-    environment = dict(os.environ)
-    if find_spec("pip"):
-        command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
-        command += [] if patient else ["--retries", "0", "--timeout", "20"]
-    else:
-        command = ["uv", "pip", "install", "--python", sys.executable]
-        environment |= {} if patient else {"UV_HTTP_RETRIES": "0", "UV_HTTP_TIMEOUT": "20"}
+def install(*arguments: str) -> int:
+    """Runs the environment's pip, which conda.yaml lists; returns its exit code."""
     print("Installing", *arguments, file=sys.stderr, flush=True)
-    return subprocess.run([*command, *arguments], env=environment, stdout=sys.stderr, check=False).returncode
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
+    return subprocess.run(command, stdout=sys.stderr, check=False).returncode
 
 
 if __name__ == "__main__":
