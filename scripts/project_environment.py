@@ -20,12 +20,13 @@ def main() -> int:
     # mlflow.utils.virtualenv and mlflow.utils.conda name what they make mlflow-<sha1>.
     if not missing or re.fullmatch("mlflow-[0-9a-f]{40}", Path(sys.prefix).name) is None:
         return 0
-    lines = (Path(__file__).parent.parent / "constraints.txt").read_text("utf-8").splitlines()
+    constraints = Path(__file__).resolve().parent.parent / "constraints.txt"
+    lines = constraints.read_text("utf-8").splitlines()
     pins = [line for line in lines if line.partition("==")[0] in missing]
     torch = [line for line in pins if line.startswith("torch==")]
     if sys.platform == "linux" and torch and install(*torch, *CPU_INDEX) == 0:
         pins.remove(torch[0])
-    return install(*pins) if pins else 0
+    return install(*pins, "--constraint", str(constraints)) if pins else 0
 
 
 def install(*arguments: str) -> int:
