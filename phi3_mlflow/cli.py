@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,18 @@ class _Group(click.Group):
             from sqlalchemy.exc import SQLAlchemyError
 
             if isinstance(error, (MlflowException, SQLAlchemyError)):
-                raise click.ClickException(str(error).splitlines()[0]) from error
+                raise click.ClickException(f"{str(error).splitlines()[0]}{_searched(error)}") from error
             raise
+
+
+def _searched(error: Exception) -> str:
+    """Where something that is not there was looked for."""
+    import mlflow
+
+    if getattr(error, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
+        return ""
+    stores = " and ".join(dict.fromkeys([mlflow.get_tracking_uri(), mlflow.get_registry_uri()]))
+    return f" (looked for in {stores}; MLFLOW_TRACKING_URI names another store)"
 
 
 def main() -> None:
@@ -196,32 +207,50 @@ def _log_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _log_one(builder: str, **options: Any) -> dict[str, Any]:
+def _log(*asked: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Logs models: all of them are checked before the first download, and downloaded before the first is logged."""
     import mlflow
 
     from phi3_mlflow.builders import onnx, transformers
+    from phi3_mlflow.builders import plan as build
 
-    config = parse_config(options["config"])
-    named = {"name": options["name"]} if options["name"] else {}
-    info = (onnx if builder == "onnx" else transformers).log_model(
-        options["weights"],
-        **named,
-        revision=options["revision"] or None,
-        task=options["task"],
-        target=options["target"],
-        template=not options["raw"],
-        model_config=config,
-        registered_model_name=options["register"] or None,
-        alias=options["alias"] or None,
-    )
-    result: dict[str, Any] = {"builder": builder, "model_uri": info.model_uri, "run_id": info.run_id}
-    result["tracking_uri"] = mlflow.get_tracking_uri()
-    if options["register"]:
-        result["registered"] = f"models:/{options['register']}/{info.registered_model_version}"
-    return result
+    plans = []
+    for builder, options in asked:
+        if options["raw"] and options["task"] in (None, "llm/v1/chat") and options["target"] == "mlflow":
+            raise click.UsageError("--raw needs --task llm/v1/completions or --task flat: a chat has its template")
+        planned = (onnx if builder == "onnx" else transformers).plan(
+            options["weights"],
+            revision=options["revision"] or None,
+            task=options["task"],
+            target=options["target"],
+            template=not options["raw"],
+            model_config=parse_config(options["config"]),
+        )
+        entry = build.Entry(
+            name=options["name"] or f"phi3-{builder}",
+            registered_model_name=options["register"] or None,
+            alias=options["alias"] or None,
+        )
+        plans.append((planned, entry))
+    build.check(*plans)
+    for planned, _ in plans:
+        planned.source.fetch()
+    results = []
+    for (builder, _), (planned, entry) in zip(asked, plans, strict=True):
+        info = build.log(planned, entry)
+        result: dict[str, Any] = {"builder": builder, "model_uri": info.model_uri, "run_id": info.run_id}
+        result["tracking_uri"] = mlflow.get_tracking_uri()
+        if entry.registered_model_name:
+            result["registered"] = f"models:/{entry.registered_model_name}/{info.registered_model_version}"
+        results.append(result)
+    return results
 
 
-def _print_logged(results: list[dict[str, Any]], as_json: bool) -> None:
+def _log_and_print(as_json: bool, *asked: tuple[str, dict[str, Any]]) -> None:
+    from phi3_mlflow.bars import no_bars
+
+    with no_bars() if as_json else nullcontext():
+        results = _log(*asked)
     if as_json:
         click.echo(json.dumps(results[0] if len(results) == 1 else results, indent=2))
         return
@@ -243,7 +272,7 @@ def log_transformers(as_json: bool, **options: Any) -> None:
     Example:
       phi3-mlflow log transformers --weights microsoft/Phi-3-mini-4k-instruct --register phi3 --alias champion
     """
-    _print_logged([_log_one("transformers", **options)], as_json)
+    _log_and_print(as_json, ("transformers", options))
 
 
 @log.command("onnx")
@@ -256,7 +285,7 @@ def log_onnx(as_json: bool, **options: Any) -> None:
     Example:
       phi3-mlflow log onnx --weights microsoft/Phi-3-mini-4k-instruct-onnx -c temperature=0.7
     """
-    _print_logged([_log_one("onnx", **options)], as_json)
+    _log_and_print(as_json, ("onnx", options))
 
 
 @log.command("both")
@@ -270,23 +299,24 @@ def log_both(transformers_weights: str, onnx_weights: str, as_json: bool, **opti
     Example:
       phi3-mlflow log both --register phi3
     """
-    results = []
+    asked = []
     for builder, weights in (("transformers", transformers_weights), ("onnx", onnx_weights)):
         named = {key: f"{options[key]}-{builder}" if options[key] else "" for key in ("name", "register")}
-        results.append(_log_one(builder, **{**options, **named, "weights": weights}))
-    _print_logged(results, as_json)
+        asked.append((builder, {**options, **named, "weights": weights}))
+    _log_and_print(as_json, *asked)
 
 
 @cli.command()
 @click.argument("model", required=False)
-@click.option("-p", "--prompt", help="Ask this, print the answer and end.")
+@click.option("-p", "--prompt", help="Ask this, print the answer and end; - reads the prompt from standard input.")
 @click.option("--system", help="A system message.")
 @click.option("-o", "--option", multiple=True, metavar="NAME=VALUE", help="Such as temperature=0.7. Repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="With -p: print the whole completion object.")
 def chat(model: str | None, prompt: str | None, system: str | None, option: tuple[str, ...], as_json: bool) -> None:
     """Talk to a logged model, or the embedded one.
 
-    MODEL is any model URI of MLflow: models:/NAME@alias, models:/m-..., runs:/..., or a folder.
+    MODEL is any model URI of MLflow: models:/NAME@alias, models:/m-..., runs:/..., or a folder. From a pipe each line
+    is a question of one conversation; the exit code is 1 where one was not answered.
 
     \b
     Examples:
@@ -294,18 +324,26 @@ def chat(model: str | None, prompt: str | None, system: str | None, option: tupl
       phi3-mlflow chat models:/phi3@champion --system "You are brief." -o temperature=0.7
     """
     from phi3_mlflow import terminal
+    from phi3_mlflow.bars import no_bars
 
     options = {name: check(name, value) for name, value in parse_config(option).items()}
     if as_json and prompt is None:
         raise click.UsageError("--json needs -p")
+    for what, text in (("prompt", prompt), ("system message", system)):
+        # Bytes of the command line that are no text arrive as lone surrogates.
+        if text is not None and not text.isascii() and text.encode("utf-8", "replace").decode() != text:
+            raise click.UsageError(f"the {what} is not valid UTF-8")
+    if prompt == "-":
+        prompt = terminal.read_prompt()
     if prompt is not None and not prompt:
         raise click.UsageError("the prompt is empty")
     if options.get("n", 1) != 1 and not as_json:
         raise click.UsageError("n above 1 needs -p and --json")
-    with terminal.loaded(model) as loaded:
+    with no_bars() if as_json else nullcontext(), terminal.loaded(model) as loaded:
         conversation = terminal.Conversation(loaded, system, options)
         if prompt is None:
-            terminal.talk(conversation)
+            if not terminal.talk(conversation):
+                raise click.exceptions.Exit(1)
         elif as_json:
             click.echo(json.dumps(conversation.ask_whole(prompt), indent=2, ensure_ascii=False))
         else:

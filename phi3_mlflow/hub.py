@@ -110,16 +110,12 @@ def download(listing: Listing, patterns: tuple[list[str], list[str]]) -> Path:
         WeightsError: the transfer failed, a file arrived damaged, or the disk is full.
     """
     allow, ignore = patterns
-    storage = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=listing.repo, repo_type="model"))
-    root = storage / "snapshots" / listing.commit
-    wanted = filter_repo_objects(
-        listing.files, allow_patterns=allow, ignore_patterns=ignore, key=lambda file: file.rfilename
-    )
+    storage, root = _places(listing)
     large: list[RepoSibling] = []
     small: list[RepoSibling] = []
-    for file in wanted:
+    for file in _wanted(listing, patterns):
         if not (root / file.rfilename).exists():
-            (large if file.lfs and re.fullmatch("[0-9a-f]{64}", file.lfs.sha256) else small).append(file)
+            (large if _is_large(file) else small).append(file)
     with _explained(listing.repo, listing.revision):
         _check_space(storage / "blobs", large)
         for file in large:
@@ -134,9 +130,64 @@ def download(listing: Listing, patterns: tuple[list[str], list[str]]) -> Path:
     return root
 
 
+def cache() -> Path:
+    """The folder that downloads go to."""
+    return Path(constants.HF_HUB_CACHE)
+
+
+def sizes(listing: Listing, patterns: tuple[list[str], list[str]]) -> tuple[int, int]:
+    """What a download comes to, without any network call.
+
+    Args:
+        listing: what `listing` returned.
+        patterns: as for `download`.
+
+    Returns:
+        Bytes of all wanted files, and of those what is still to come.
+    """
+    storage, root = _places(listing)
+    files = _wanted(listing, patterns)
+    missing = [file for file in files if not (root / file.rfilename).exists()]
+    return sum(file.size or 0 for file in files), sum(_to_come(storage / "blobs", file) for file in missing)
+
+
+def _places(listing: Listing) -> tuple[Path, Path]:
+    """The repository's folder in the cache, and the snapshot's in it."""
+    storage = cache() / repo_folder_name(repo_id=listing.repo, repo_type="model")
+    return storage, storage / "snapshots" / listing.commit
+
+
+def _wanted(listing: Listing, patterns: tuple[list[str], list[str]]) -> list[RepoSibling]:
+    allow, ignore = patterns
+    return list(
+        filter_repo_objects(
+            listing.files, allow_patterns=allow, ignore_patterns=ignore, key=lambda file: file.rfilename
+        )
+    )
+
+
+def _is_large(file: RepoSibling) -> bool:
+    return file.lfs is not None and re.fullmatch("[0-9a-f]{64}", file.lfs.sha256) is not None
+
+
+def _to_come(blobs: Path, file: RepoSibling) -> int:
+    """Bytes of a file that are in no blob yet, not even in a part of one."""
+    if file.lfs is None or not _is_large(file):
+        return file.size or 0
+    blob = blobs / file.lfs.sha256
+    if blob.exists():
+        return 0
+    part = _part(blob)
+    return max(0, file.lfs.size - (part.stat().st_size if part.exists() else 0))
+
+
+def _part(blob: Path) -> Path:
+    return blob.with_name(f"{blob.name}.partial")
+
+
 def _check_space(blobs: Path, files: list[RepoSibling]) -> None:
     blobs.mkdir(parents=True, exist_ok=True)
-    wanted = sum(file.lfs.size for file in files if file.lfs and not (blobs / file.lfs.sha256).exists())
+    wanted = sum(_to_come(blobs, file) for file in files)
     free = shutil.disk_usage(blobs).free
     if wanted > free:
         raise WeightsError(
@@ -152,7 +203,7 @@ def _fetch(listing: Listing, file: RepoSibling, storage: Path) -> None:
     """
     assert file.lfs is not None
     name, blob = file.rfilename, storage / "blobs" / file.lfs.sha256
-    partial = blob.with_name(f"{blob.name}.partial")
+    partial = _part(blob)
     lock = storage.parent / ".locks" / storage.name / f"{blob.name}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):

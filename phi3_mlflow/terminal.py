@@ -13,13 +13,20 @@ from mlflow.pyfunc import PyFuncModel
 
 from phi3_mlflow.runtime.errors import Phi3Error
 
-_HELP = "/system TEXT sets a system message, /reset forgets the conversation, Ctrl-C stops an answer, Ctrl-D ends."
+_HELP = (
+    "/system TEXT sets a system message, /reset forgets the conversation, Ctrl-C clears the line or stops an answer, "
+    "Ctrl-D ends."
+)
 
 
 @contextmanager
 def given_or_embedded(model_uri: str | None) -> Iterator[str]:
     """The URI itself, or where there is none that of the embedded ONNX model, saved for as long as the block lasts."""
     if model_uri is not None:
+        if ":" not in model_uri and not Path(model_uri).exists():
+            raise Phi3Error(
+                f"there is no folder {Path(model_uri).absolute()}; a model URI begins with models:/ or runs:/"
+            )
         yield model_uri
         return
     from phi3_mlflow.builders import onnx
@@ -92,42 +99,93 @@ class Conversation:
         return fields, options
 
 
-def talk(conversation: Conversation) -> None:
-    """Reads questions from the terminal until the input ends."""
-    ask = _line_reader()
+def talk(conversation: Conversation) -> bool:
+    """Reads questions until the input ends: from the terminal, or line by line from a pipe.
+
+    Returns:
+        Whether every question was answered.
+    """
+    terminal = sys.stdin.isatty()
+    ask: Callable[[str], str] = _line_reader() if terminal else _pipe_reader()
     conversation.options.setdefault("context_overflow", "drop_oldest")
-    click.echo(_HELP, err=True)
+    if terminal:
+        click.echo(_HELP, err=True)
+    answered = True
     while True:
         try:
             line = ask("> ").strip()
-        except (EOFError, KeyboardInterrupt):
+            command, _, rest = line.partition(" ")
+            if command == "/system":
+                conversation.system = rest.strip() or None
+            elif command == "/reset":
+                conversation.turns = []
+            elif line.startswith("/"):
+                click.echo(_HELP, err=True)
+            elif line:
+                answered &= _answer(conversation, line)
+        except EOFError:
             click.echo()
-            return
-        command, _, rest = line.partition(" ")
-        if command == "/system":
-            conversation.system = rest.strip() or None
-        elif command == "/reset":
-            conversation.turns = []
-        elif line.startswith("/"):
-            click.echo(_HELP, err=True)
-        elif line:
-            _answer(conversation, line)
+            return answered
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            click.echo()
+        except Phi3Error as error:
+            answered = False
+            click.echo(f"Error: {error}", err=True)
+
+
+def read_prompt() -> str:
+    """All of standard input as one prompt.
+
+    Raises:
+        Phi3Error: it is not text.
+    """
+    return _decoded(sys.stdin.buffer.read()).strip()
 
 
 def _line_reader() -> Callable[[str], str]:
     """With the extra `ui`, a reader with editing and history; else plain input()."""
-    if sys.stdin.isatty():
-        with suppress(ImportError):
-            from prompt_toolkit import PromptSession
+    with suppress(ImportError):
+        from prompt_toolkit import PromptSession
 
-            session: PromptSession[str] = PromptSession()
-            return session.prompt
-        return input
-    # No prompts in a pipe: stdout is for the answers.
-    return lambda _: input()
+        session: PromptSession[str] = PromptSession()
+        return session.prompt
+
+    def read(prompt: str) -> str:
+        try:
+            return input(prompt)
+        except UnicodeDecodeError as error:
+            raise _not_text(error) from None
+
+    return read
 
 
-def _answer(conversation: Conversation, line: str) -> None:
+def _pipe_reader() -> Callable[[str], str]:
+    """Lines without prompts: stdout is for the answers."""
+    lines = sys.stdin.buffer
+
+    def read(_: str) -> str:
+        if line := lines.readline():
+            return _decoded(line)
+        raise EOFError
+
+    return read
+
+
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _not_text(error) from None
+
+
+def _not_text(error: UnicodeDecodeError) -> Phi3Error:
+    return Phi3Error(f"the input is not valid UTF-8: byte 0x{error.object[error.start]:02x} at place {error.start + 1}")
+
+
+def _answer(conversation: Conversation, line: str) -> bool:
+    """Prints an answer in pieces; returns whether there was one."""
     from mlflow.exceptions import MlflowException
 
     answer = conversation.ask(line)
@@ -140,5 +198,9 @@ def _answer(conversation: Conversation, line: str) -> None:
     except KeyboardInterrupt:
         answer.close()  # type: ignore[attr-defined]
         click.echo("  [stopped]")
+        if not sys.stdin.isatty():
+            raise
     except MlflowException as error:
         click.echo(f"Error: {error.message}", err=True)
+        return False
+    return True

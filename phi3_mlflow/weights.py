@@ -7,7 +7,10 @@ runtime/trust.
 import logging
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -61,8 +64,39 @@ class Weights:
     license: str
 
 
+@dataclass(frozen=True)
+class Source:
+    """Weights that were found, here or on the hub; nothing of them has been downloaded.
+
+    Attributes:
+        name: the origin in words, as in Weights.
+        folder: where the files are, or on which disk they will be.
+        size: bytes of the files that a model takes.
+        missing: bytes of them that are still to be downloaded.
+        fetch: downloads what is missing and gives the checked folder; raises WeightsError.
+    """
+
+    name: str
+    folder: Path
+    size: int
+    missing: int
+    fetch: Callable[[], Weights]
+
+
 def resolve(weights: str | Path, form: Form, *, revision: str | None = None) -> Weights:
-    """Finds weights, downloading them if they are named by a hub id and not yet in the hub's cache.
+    """Finds weights as `find` does, and downloads what is not yet in the hub's cache.
+
+    Returns:
+        The checked folder with its source, commit and licence.
+
+    Raises:
+        WeightsError: as for `find`, or the download fails, or the files are not of the wanted form.
+    """
+    return find(weights, form, revision=revision).fetch()
+
+
+def find(weights: str | Path, form: Form, *, revision: str | None = None) -> Source:
+    """Finds weights and checks what can be known of them without a download.
 
     Args:
         weights: `embedded`; or a local folder (it wins over a hub repository of the same name); or a Hugging Face id
@@ -74,10 +108,10 @@ def resolve(weights: str | Path, form: Form, *, revision: str | None = None) -> 
             head of `main` for other names. With a commit that is in the cache, no network call is made.
 
     Returns:
-        The checked folder with its source, commit and licence.
+        What was found.
 
     Raises:
-        WeightsError: nothing is found under that name, the download fails, or the files are not of the wanted form.
+        WeightsError: nothing is found under that name, or the files that are here are not of the wanted form.
     """
     text = os.fspath(weights)
     if text != EMBEDDED and not Path(text).expanduser().exists():
@@ -92,12 +126,12 @@ def resolve(weights: str | Path, form: Form, *, revision: str | None = None) -> 
     if text == EMBEDDED:
         folder = _embedded_folder(form)
         check(folder, form)
-        return Weights(folder, "phi3_mlflow embedded model", None, "mit")
+        return _here(Weights(folder, "phi3_mlflow embedded model", None, "mit"), form)
     folder = Path(text).expanduser().resolve()
     if not folder.is_dir():
         raise WeightsError(f"{folder} is a file: give the folder that holds it")
     check(folder, form)
-    return Weights(folder, f"local folder {folder.name}", None, _license(folder) or "unknown")
+    return _here(Weights(folder, f"local folder {folder.name}", None, _license(folder) or "unknown"), form)
 
 
 def check(folder: Path, form: Form) -> None:
@@ -178,14 +212,21 @@ def _is_hub_id(text: str) -> bool:
     return re.fullmatch(f"{part}(?:/{part})+", text, re.ASCII) is not None and ".." not in text and "--" not in text
 
 
-def _from_hub(text: str, form: Form, revision: str | None) -> Weights:
+def _here(weights: Weights, form: Form) -> Source:
+    patterns = (*_PATTERNS[form], *_CARD_PATTERNS)
+    files = [file for file in weights.folder.iterdir() if any(fnmatch(file.name, pattern) for pattern in patterns)]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    return Source(weights.source, weights.folder, size, 0, lambda: weights)
+
+
+def _from_hub(text: str, form: Form, revision: str | None) -> Source:
     from phi3_mlflow import hub  # imports huggingface_hub, which takes a while
 
     repo, spelled = "/".join(text.split("/")[:2]), "/".join(text.split("/")[2:])
     revision = revision or REVISIONS.get(repo, "main")
     folders = (spelled,) if spelled or form == "transformers" else (ONNX_FOLDER, "")
     if hub.is_commit(revision) and (weights := _cached(repo, folders, form, revision)):
-        return weights
+        return _here(weights, form)
     try:
         listing = hub.listing(repo, revision)
     except hub.HubUnreachableError:
@@ -193,11 +234,17 @@ def _from_hub(text: str, form: Form, revision: str | None) -> Weights:
         if hub.is_commit(revision) or (weights := _cached(repo, folders, form, revision)) is None:
             raise
         _log.warning("The hub cannot be reached: using commit %s of %s from its cache", weights.revision, repo)
-        return weights
+        return _here(weights, form)
     folder = _folder_in_repo(repo, folders, form, listing.names())
-    root = hub.download(listing, _patterns(folder, form))
-    check(root / folder, form)
-    return _hub_weights(repo, folder, root)
+
+    @cache
+    def fetch() -> Weights:
+        root = hub.download(listing, _patterns(folder, form))
+        check(root / folder, form)
+        return _hub_weights(repo, folder, root)
+
+    size, missing = hub.sizes(listing, _patterns(folder, form))
+    return Source(_hub_name(repo, folder), hub.cache(), size, missing, fetch)
 
 
 def _cached(repo: str, folders: tuple[str, ...], form: Form, revision: str) -> Weights | None:
@@ -219,7 +266,11 @@ def _cached(repo: str, folders: tuple[str, ...], form: Form, revision: str) -> W
 
 def _hub_weights(repo: str, folder: str, root: Path) -> Weights:
     stated = _license(root / folder, root) or ("mit" if repo.startswith("microsoft/Phi-3") else "unknown")
-    return Weights(root / folder, f"{repo}/{folder}".rstrip("/"), root.name, stated)
+    return Weights(root / folder, _hub_name(repo, folder), root.name, stated)
+
+
+def _hub_name(repo: str, folder: str) -> str:
+    return f"{repo}/{folder}".rstrip("/")
 
 
 def _patterns(folder: str, form: Form) -> tuple[list[str], list[str]]:

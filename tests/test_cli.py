@@ -90,13 +90,68 @@ def test_a_conversation_goes_on_until_the_input_ends(saved):
     assert "/reset forgets the conversation" in result.stderr
 
 
-def test_a_bad_message_is_one_line_and_the_conversation_goes_on(saved):
+def test_a_bad_message_in_a_pipe_is_one_line_and_shows_in_the_exit_code_and_the_conversation_goes_on(saved):
     result = run("chat", str(saved["onnx"]), input="a\x00b\nWhat is the capital of Spain?\n")
 
-    assert result.exit_code == 0
+    assert result.exit_code == 1
     assert "Error: `messages[0].content` has the character U+0000" in result.stderr
     assert result.stdout == "The capital of Spain is Madrid.\n\n"
     assert "Traceback" not in result.output
+
+
+def test_bytes_that_are_no_text_are_one_line_and_the_conversation_goes_on(saved):
+    result = run("chat", str(saved["onnx"]), input=b"\xff\xfe\nWhat is the capital of Spain?\n")
+
+    assert result.exit_code == 1
+    assert result.stderr == "Error: the input is not valid UTF-8: byte 0xff at place 1\n"
+    assert result.stdout == "The capital of Spain is Madrid.\n\n"
+
+
+def test_a_pipe_gets_no_hints_about_keys(saved):
+    result = run("chat", str(saved["onnx"]), input="What is the capital of Spain?\n")
+
+    assert result.exit_code == 0
+    assert result.stderr == ""
+
+
+def test_a_prompt_can_come_from_standard_input(saved):
+    result = run("chat", str(saved["onnx"]), "-p", "-", input="What is the capital\nof Spain?\n")
+
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == "The capital of Spain is Madrid.\n"
+
+
+def test_the_command_line_takes_no_bytes_that_are_no_text(tmp_path):
+    command = [sys.executable, "-m", "phi3_mlflow", "chat", "-p", b"\xffhello"]
+
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+    assert done.returncode == 2
+    assert done.stderr.endswith("Error: the prompt is not valid UTF-8\n")
+
+
+@pytest.mark.parametrize(
+    "command", [["log", "transformers", "--json"], ["chat", "MODEL", "-p", "Hello", "--json"]], ids=" ".join
+)
+def test_a_script_that_asks_for_json_gets_no_bars(saved, tmp_path, command):
+    command = [str(saved["transformers"]) if word == "MODEL" else word for word in command]
+
+    done = subprocess.run(
+        [sys.executable, "-m", "phi3_mlflow", *command], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)
+    assert done.stderr == ""
+
+
+def test_logging_shows_no_bars_of_transformers(tmp_path):
+    command = [sys.executable, "-m", "phi3_mlflow", "log", "transformers"]
+
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    assert done.returncode == 0, done.stderr
+    assert [line.partition(":")[0].split()[0] for line in done.stderr.splitlines()] == ["Logged", "Serve"]
 
 
 def test_a_conversation_that_fills_the_context_goes_on_without_its_oldest_messages(tmp_path):
@@ -140,7 +195,15 @@ def test_chat_with_a_model_of_another_task_says_so(tmp_path):
         (["log", "onnx", "--weights", "./nowhere"], 1, "nowhere"),
         (["log", "transformers", "--weights", str(ROOT / "artifacts" / "onnx")], 1, "holds an ONNX model"),
         (["quantize", "./nowhere", "./out"], 1, "nowhere"),
-        (["chat", "models:/nothing@here", "-p", "x"], 1, "nothing"),
+        (["chat", "models:/nothing@here", "-p", "x"], 1, "name=nothing not found (looked for in sqlite:///"),
+        (["chat", "models:/m-0", "-p", "x"], 1, "MLFLOW_TRACKING_URI names another store"),
+        (["chat", "./nowhere", "-p", "x"], 1, "there is no folder "),
+        (["chat", "-p", "-"], 2, "the prompt is empty"),
+        (["log", "onnx", "--raw"], 2, "--raw needs --task"),
+        (["log", "both", "--raw", "--task", "llm/v1/chat"], 2, "--raw needs --task"),
+        (["log", "onnx", "-c", "task=flat"], 2, "`task` has no place in model_config; choose it with"),
+        (["log", "onnx", "--register", "a/b"], 1, "the name 'a/b' of the registered model is not allowed"),
+        (["log", "onnx", "--register", "a", "--alias", "v1"], 1, "the alias 'v1' is not allowed"),
         (["chat", "--json"], 2, "--json needs -p"),
         (["chat", "-p", ""], 2, "the prompt is empty"),
         (["chat", "-p", "x", "-o", "temperature=9"], 2, "`temperature` is 9; it must be a number from 0 to 2"),

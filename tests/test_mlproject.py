@@ -5,6 +5,7 @@ Run: pytest tests/test_mlproject.py
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,22 @@ def logged(tmp_path) -> list[mlflow.entities.LoggedModel]:
     return list(client.search_logged_models(experiment_ids=["0"]))
 
 
+def assert_linked(tmp_path) -> None:
+    """The run has the logged models as its outputs, and they have it as their source."""
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (run,) = client.search_runs(experiment_ids=["0"])
+    models = logged(tmp_path)
+    assert {model.source_run_id for model in models} == {run.info.run_id}
+    outputs = client.get_run(run.info.run_id).outputs.model_outputs
+    assert {output.model_id for output in outputs} == {model.model_id for model in models}
+    assert run.info.status == "FINISHED"
+
+
+def packages(tmp_path) -> set[str]:
+    """What is installed in the environment that MLflow made."""
+    return {path.name.partition("-")[0] for path in (tmp_path / "envs").rglob("site-packages/*.dist-info")}
+
+
 def test_the_main_entry_point_logs_and_registers_both(tmp_path):
     done = mlflow_run(tmp_path, "-P", "register=phi3", "-P", "temperature=0.3", "-P", "max_tokens=64")
 
@@ -42,6 +59,7 @@ def test_the_main_entry_point_logs_and_registers_both(tmp_path):
     registry = mlflow.MlflowClient(registry_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
     names = sorted(model.name for model in registry.search_registered_models())
     assert names == ["phi3-onnx", "phi3-transformers"]
+    assert_linked(tmp_path)
 
 
 def test_a_builder_has_an_entry_point_of_its_own(tmp_path):
@@ -84,11 +102,30 @@ def pyenv(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("manager", ["virtualenv", "uv"])
-def test_mlflow_makes_the_environment_itself(tmp_path, manager, pyenv):
+def test_mlflow_makes_the_environment_without_torch_until_an_entry_point_needs_it(tmp_path, manager, pyenv):
     done = mlflow_run(tmp_path, "-e", "onnx", manager=manager)
 
     assert done.returncode == 0, done.stderr[-4000:]
     assert [model.name for model in logged(tmp_path)] == ["phi3-onnx"]
+    assert_linked(tmp_path)
+    installed = packages(tmp_path)
+    assert {"mlflow", "onnxruntime_genai"} <= installed
+    assert not [name for name in installed if re.match("torch|transformers|nvidia|triton|cuda", name)]
+    if manager == "uv":
+        done = mlflow_run(tmp_path, "-e", "transformers", manager=manager)
+
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert sorted(model.name for model in logged(tmp_path)) == ["phi3-onnx", "phi3-transformers"]
+        assert {"torch", "transformers"} <= packages(tmp_path)
+
+
+def test_an_environment_of_somebody_elses_is_left_alone(tmp_path):
+    python = tmp_path / "mine" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "mine"], check=True)
+
+    done = subprocess.run([python, ROOT / "scripts" / "project_environment.py"], capture_output=True, text=True)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_the_environment_has_the_tested_versions():

@@ -1,5 +1,9 @@
-"""What both builders do alike: requirements, the runtime's code, metadata, logging and registering."""
+"""What both builders write alike: requirements, the runtime's code, settings and metadata.
 
+Knows nothing of where a model goes.
+"""
+
+import json
 import logging
 import os
 import re
@@ -9,25 +13,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
-import mlflow
 from mlflow.models import Model
-from mlflow.models.model import ModelInfo
 
 import phi3_mlflow
 from phi3_mlflow import runtime
+from phi3_mlflow.runtime import settings
 from phi3_mlflow.runtime.chat import TASKS, Task
-from phi3_mlflow.runtime.errors import Phi3Error
+from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error, shorten
 from phi3_mlflow.runtime.options import NAMES
-from phi3_mlflow.runtime.settings import SETTINGS, check_config
-from phi3_mlflow.targets import AZURE_TASK, adapted
+from phi3_mlflow.targets import AZURE_TASK, adapted, parse, same
 from phi3_mlflow.weights import Weights
 
 # What the runtime imports, whichever decoder it drives.
 _BASE_REQUIREMENTS = ("mlflow", "jinja2", "llguidance", "numpy", "pandas", "tokenizers", "tqdm")
 
+
+# What the builders write into the metadata.
+_METADATA = ("task", "format", "toolkit", "weights")
+# Keys of the logged model_config that are no settings, and what they come from.
+_ARGUMENTS = {
+    "task": "choose it with the argument `task`",
+    "template": "choose it with the argument `template`",
+    "name": "it follows from the weights",
+    "format": "it is the runtime's own",
+}
 
 Target = Literal["mlflow", "azure"]
 
@@ -49,12 +60,22 @@ def requirements(*packages: str) -> list[str]:
         raise BuildError(f"the package {error.name} is needed for this model and is not installed") from error
 
 
-def for_target(target: Target, task: Task | None, needed: list[str]) -> tuple[Task, list[str]]:
+def for_target(
+    target: Target, task: Task | None, needed: list[str], extra: Sequence[str] | None
+) -> tuple[Task, list[str]]:
     """The task and the requirements of a model that is meant for a certain place.
 
+    Args:
+        target: the place.
+        task: what the user chose, or None.
+        needed: the builder's requirements.
+        extra: the user's further ones.
+
     Raises:
-        BuildError: an unknown target, or a task that cannot be loaded there.
+        BuildError: an unknown target, a task that cannot be loaded there, or a further requirement that is none or
+            names a package of the builder's.
     """
+    needed = [*needed, *_checked(extra, needed)]
     if target == "mlflow":
         return task or "llm/v1/chat", needed
     if target != "azure":
@@ -64,20 +85,53 @@ def for_target(target: Target, task: Task | None, needed: list[str]) -> tuple[Ta
     return "flat", adapted(needed)
 
 
-def full_config(task: Task, source: str, model_config: Mapping[str, Any] | None, template: bool) -> dict[str, Any]:
-    """The model_config that is logged.
+def _checked(extra: Sequence[str] | None, needed: list[str]) -> list[str]:
+    if isinstance(extra, str):
+        raise BuildError(
+            f"extra_pip_requirements is {shorten(extra)}; it must be a list of lines such as ['six==1.17']"
+        )
+    pinned = {parse(line).name for line in needed}  # type: ignore[union-attr]
+    for line in extra or ():
+        found = parse(line) if isinstance(line, str) else None
+        if found is None:
+            raise BuildError(f"extra_pip_requirements has {shorten(line)}; it must be a line such as 'six==1.17'")
+        if taken := [name for name in pinned if same(name, found.name)]:
+            raise BuildError(
+                f"extra_pip_requirements has {line!r}, and the builder pins {taken[0]} itself; leave it out"
+            )
+    return list(extra or ())
+
+
+def check_config(task: Task, template: bool, model_config: Mapping[str, Any] | None) -> None:
+    """Checks the task, what goes with it, and what a user wrote into model_config.
 
     Raises:
         InvalidRequest: an unknown setting, or a value that is not allowed.
-        BuildError: an unknown task.
+        BuildError: an unknown task, a chat without its template, or no dict.
     """
     if task not in TASKS:
         raise BuildError(f"the task is {task!r}; it must be one of {', '.join(TASKS)}")
-    config = dict(model_config or {})
-    check_config(task, config)
+    if not isinstance(template, bool):
+        raise BuildError(f"template is {shorten(template)}; it must be True or False")
+    if not template and task == "llm/v1/chat":
+        raise BuildError("template is False, and a chat has its template; choose another task, or leave it out")
+    config = {} if model_config is None else model_config
+    if not isinstance(config, Mapping):
+        raise BuildError(f"model_config is {shorten(config)}; it must be a dict of settings and options")
+    for name in config:
+        if not isinstance(name, str):
+            raise InvalidRequest(shorten(name), "is a key of model_config; keys must be text")
+        if name in _ARGUMENTS:
+            raise InvalidRequest(name, f"has no place in model_config; {_ARGUMENTS[name]}")
+    settings.check_config(task, config)
+
+
+def full_config(task: Task, source: str, model_config: Mapping[str, Any] | None, template: bool) -> dict[str, Any]:
+    """The model_config that is logged: what the user wrote, and all else."""
     # MLflow lets only settings that are logged be changed when the model is loaded or served: all are, as not set.
-    every = dict.fromkeys((*SETTINGS, *NAMES))
-    return {**every, **config, "task": task, "name": identifier(source), "template": template, "format": runtime.FORMAT}
+    every: dict[str, Any] = dict.fromkeys((*settings.SETTINGS, *NAMES))
+    own = {"task": task, "name": identifier(source), "template": template, "format": runtime.FORMAT}
+    return {**every, **(model_config or {}), **own}
 
 
 def identifier(source: str) -> str:
@@ -85,8 +139,26 @@ def identifier(source: str) -> str:
     return re.sub(r"[^\w./-]+", "-", source)
 
 
-def metadata(task: Task, weights: Weights, digest: str) -> dict[str, Any]:
-    """What the MLmodel file says about the model: the task, the format, and where the weights come from."""
+def own_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A user's part of the model's metadata, checked.
+
+    Raises:
+        BuildError: it cannot be written down, or has a key that the builders write.
+    """
+    given = dict(metadata or {})
+    if taken := [key for key in given if key in _METADATA]:
+        raise BuildError(f"metadata has the key {taken[0]!r}, which the builders write themselves; choose another one")
+    try:
+        json.dumps(given, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BuildError(f"metadata cannot be written as JSON: {error}") from error
+    if odd := [key for key in given if not isinstance(key, str)]:
+        raise BuildError(f"metadata has the key {shorten(odd[0])}; keys must be text")
+    return given
+
+
+def metadata(task: Task, weights: Weights, digest: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    """What the MLmodel file says about the model: the task, the format, where the weights come from, and the user's."""
     return {
         "task": task,
         "format": runtime.FORMAT,
@@ -97,6 +169,7 @@ def metadata(task: Task, weights: Weights, digest: str) -> dict[str, Any]:
             "license": weights.license,
             "sha256": digest,
         },
+        **own,
     }
 
 
@@ -125,43 +198,6 @@ def quiet_mlflow() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def log(
-    flavor: ModuleType,
-    *,
-    name: str,
-    registered_model_name: str | None,
-    alias: str | None,
-    **save_arguments: Any,
-) -> ModelInfo:
-    """Logs a model with a builder's save_model, and registers it where a name is given.
-
-    Args:
-        flavor: the builder's module.
-        name: the logged model's name.
-        registered_model_name: registers a new version under this name.
-        alias: an alias for that version.
-        save_arguments: of the builder's save_model.
-
-    Raises:
-        BuildError: an alias without a registered name.
-    """
-    if alias is not None and registered_model_name is None:
-        raise BuildError(f"the alias {alias!r} needs a registered model; give its name too")
-    with quiet_mlflow():
-        info = Model.log(
-            artifact_path=None,
-            name=name,
-            flavor=flavor,
-            registered_model_name=registered_model_name,
-            validate_serving_input=False,
-            **save_arguments,
-        )
-    if registered_model_name is not None and alias is not None:
-        client = mlflow.MlflowClient()
-        client.set_registered_model_alias(registered_model_name, alias, info.registered_model_version)
-    return info
 
 
 def copy_weights(files: Sequence[Path], destination: Path, *, link: bool) -> None:

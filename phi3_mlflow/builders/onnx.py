@@ -1,11 +1,12 @@
 """The ONNX builder: an onnxruntime-genai folder as an MLflow PythonModel, in models-from-code form."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import mlflow.pyfunc
+from mlflow.entities.model_registry import PromptVersion
 from mlflow.models import Model
 from mlflow.models.model import ModelInfo
 
@@ -15,9 +16,10 @@ from phi3_mlflow.runtime.chat import Task
 from phi3_mlflow.runtime.settings import SETTINGS, check_batching
 from phi3_mlflow.runtime.signatures import input_example, signature
 from phi3_mlflow.runtime.tokens import Tokens
-from phi3_mlflow.weights import onnx_files, resolve
+from phi3_mlflow.weights import Weights, find, onnx_files
 
 from . import common
+from .plan import Entry, Plan, Write, log, refuse, save
 
 _WEIGHTS = "artifacts/weights"
 _CODE = Path(runtime.__file__).parent / "onnx_model.py"
@@ -32,13 +34,14 @@ def save_model(
     template: bool = True,
     model_config: Mapping[str, Any] | None = None,
     target: common.Target = "mlflow",
-    mlflow_model: Model | None = None,
-    validate_serving_input: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+    extra_pip_requirements: Sequence[str] | None = None,
+    **others: Never,
 ) -> None:
     """Saves an MLflow model of the ONNX kind.
 
     Args:
-        path: the folder to write; it must not exist, or be empty.
+        path: the folder to write; it must not exist, or be empty. It is removed again when that fails.
         weights: `embedded`, a folder of onnxruntime-genai, or a Hugging Face id.
         revision: of the Hugging Face repository; None for the pinned one.
         task: `llm/v1/chat`, `llm/v1/completions`, or `flat` (text columns in, text out); None for the target's own.
@@ -47,46 +50,27 @@ def save_model(
             requests are answered at once) and `kv_budget` (bytes, or text such as "4GiB", for their KV caches).
         target: `azure` makes a model that Azure ML's no-code image can load: the flat task, and what that image
             needs in the requirements.
-        mlflow_model: filled in by MLflow when the model is logged.
-        validate_serving_input: MLflow's, which hands all arguments of log on; it means nothing here.
+        metadata: further keys for the MLmodel file's metadata; what the builder writes there cannot be given.
+        extra_pip_requirements: further requirement lines, such as `["six==1.17"]`.
+        others: nothing; an argument of MLflow's own function is refused with what to use in its place.
 
     Raises:
         WeightsError: the weights are missing or of another kind.
         InvalidRequest: a setting in model_config is not allowed.
+        BuildError: another argument is not allowed, a package is missing, or the disk is full.
     """
-    task, needed = common.for_target(target, task, common.requirements("onnxruntime", "onnxruntime-genai"))
-    found = resolve(weights, "onnx", revision=revision)
-    config = common.full_config(task, found.source, model_config, template)
-    check_batching(config)
-    if config["kv_budget"] is not None:
-        from phi3_mlflow.runtime.decoders.batched import CannotBatch, check_budget
-
-        budget = SETTINGS["kv_budget"].check("kv_budget", config["kv_budget"])
-        with suppress(CannotBatch):  # the model falls back when it is loaded, and says why
-            check_budget(found.folder, config["context_length"], int(budget))
-    Tokens.from_folder(found.folder)
-    path, model = Path(path), mlflow_model or Model()
-    with common.staged_code() as code, common.quiet_mlflow():
-        mlflow.pyfunc.save_model(
-            path=str(path),
-            python_model=str(_CODE),
-            code_paths=[code],
-            model_config=config,
-            signature=signature(task),
-            input_example=input_example(task),
-            pip_requirements=needed,
-            mlflow_model=model,
-        )
-    # Not through MLflow's `artifacts`: it refuses the links that the hub's cache is made of, and copies once more.
-    destination = path / _WEIGHTS
-    common.copy_weights(onnx_files(found.folder), destination, link=mlflow_model is not None)
-    manifest.write(destination)
-    model.flavors["python_function"] |= {
-        "artifacts": {"weights": {"path": _WEIGHTS, "uri": found.source}},
-        "model_code_path": _CODE.name,
-    }
-    model.metadata = common.metadata(task, found, manifest.digest(destination))
-    common.finish(model, path)
+    refuse(others)
+    planned = plan(
+        weights,
+        revision=revision,
+        task=task,
+        template=template,
+        model_config=model_config,
+        target=target,
+        metadata=metadata,
+        extra_pip_requirements=extra_pip_requirements,
+    )
+    save(planned, path)
 
 
 def log_model(
@@ -95,27 +79,143 @@ def log_model(
     name: str = "phi3-onnx",
     registered_model_name: str | None = None,
     alias: str | None = None,
-    **save_arguments: Any,
+    revision: str | None = None,
+    task: Task | None = None,
+    template: bool = True,
+    model_config: Mapping[str, Any] | None = None,
+    target: common.Target = "mlflow",
+    metadata: Mapping[str, Any] | None = None,
+    extra_pip_requirements: Sequence[str] | None = None,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, Any] | None = None,
+    model_type: str | None = None,
+    step: int = 0,
+    run_id: str | None = None,
+    prompts: Sequence[str | PromptVersion] | None = None,
+    await_registration_for: int | None = 300,
+    **others: Never,
 ) -> ModelInfo:
     """Logs, and on request registers, an MLflow model of the ONNX kind.
 
+    Everything is checked before anything is downloaded, and the weights before a model is made.
+
     Args:
-        weights: as for save_model.
+        weights: as for save_model, like all that are not described here.
         name: of the logged model.
         registered_model_name: registers a version under this name.
         alias: for that version.
-        save_arguments: further arguments of save_model.
+        revision: see save_model.
+        task: see save_model.
+        template: see save_model.
+        model_config: see save_model; noted as params of the run too, where there is one.
+        target: see save_model.
+        metadata: see save_model.
+        extra_pip_requirements: see save_model.
+        params: of the logged model.
+        tags: of the logged model, and of the registered version.
+        model_type: any word by which to find the model.
+        step: of the run, for this model.
+        run_id: the run that the model belongs to; None for the active run, or the one that `mlflow run` made.
+        prompts: MLflow prompts, or their URIs, to link with the model.
+        await_registration_for: seconds to wait for the registered version; None or 0 not to wait.
+        others: nothing; an argument of MLflow's own function is refused with what to use in its place.
 
     Returns:
         MLflow's description; `model_uri` is what everything else takes.
-    """
-    import phi3_mlflow.builders.onnx as flavor
 
-    return common.log(
-        flavor,
+    Raises:
+        WeightsError, InvalidRequest: as for save_model.
+        BuildError: another argument is not allowed, a store cannot be written, or the disk is full.
+    """
+    refuse(others)
+    planned = plan(
+        weights,
+        revision=revision,
+        task=task,
+        template=template,
+        model_config=model_config,
+        target=target,
+        metadata=metadata,
+        extra_pip_requirements=extra_pip_requirements,
+    )
+    entry = Entry(
         name=name,
         registered_model_name=registered_model_name,
         alias=alias,
-        weights=weights,
-        **save_arguments,
+        params=params,
+        tags=tags,
+        model_type=model_type,
+        step=step,
+        run_id=run_id,
+        prompts=prompts,
+        await_registration_for=await_registration_for,
     )
+    return log(planned, entry)
+
+
+def plan(
+    weights: str | Path = "embedded",
+    *,
+    revision: str | None = None,
+    task: Task | None = None,
+    template: bool = True,
+    model_config: Mapping[str, Any] | None = None,
+    target: common.Target = "mlflow",
+    metadata: Mapping[str, Any] | None = None,
+    extra_pip_requirements: Sequence[str] | None = None,
+) -> Plan:
+    """Checks the arguments of save_model and finds the weights. Downloads and writes nothing.
+
+    Raises:
+        WeightsError, InvalidRequest, BuildError: as for save_model.
+    """
+    task, needed = common.for_target(
+        target, task, common.requirements("onnxruntime", "onnxruntime-genai"), extra_pip_requirements
+    )
+    own = common.own_metadata(metadata)
+    common.check_config(task, template, model_config)
+    check_batching(model_config or {})
+    source = find(weights, "onnx", revision=revision)
+    config = common.full_config(task, source.name, model_config, template)
+
+    def prepare(found: Weights) -> Write:
+        if config["kv_budget"] is not None:
+            from phi3_mlflow.runtime.decoders.batched import CannotBatch, check_budget
+
+            budget = SETTINGS["kv_budget"].check("kv_budget", config["kv_budget"])
+            with suppress(CannotBatch):  # the model falls back when it is loaded, and says why
+                check_budget(found.folder, config["context_length"], int(budget))
+        Tokens.from_folder(found.folder)
+
+        def write(path: Path, model: Model, links: bool) -> None:
+            _write(path, model, found, config, needed, links=links)
+            model.metadata = common.metadata(task, found, manifest.digest(path / _WEIGHTS), own)
+            common.finish(model, path)
+
+        return write
+
+    return Plan(source, prepare, links=True, model_config=model_config)
+
+
+def _write(
+    path: Path, model: Model, found: Weights, config: Mapping[str, Any], needed: list[str], *, links: bool
+) -> None:
+    with common.staged_code() as code, common.quiet_mlflow():
+        mlflow.pyfunc.save_model(
+            path=str(path),
+            python_model=str(_CODE),
+            code_paths=[code],
+            model_config=dict(config),
+            signature=signature(config["task"]),
+            input_example=input_example(config["task"]),
+            pip_requirements=needed,
+            mlflow_model=model,
+        )
+    # Not through MLflow's `artifacts`: it refuses the links that the hub's cache is made of, and copies once more.
+    destination = path / _WEIGHTS
+    common.copy_weights(onnx_files(found.folder), destination, link=links)
+    manifest.write(destination)
+    model.flavors["python_function"] |= {
+        "artifacts": {"weights": {"path": _WEIGHTS, "uri": found.source}},
+        "model_code_path": _CODE.name,
+    }

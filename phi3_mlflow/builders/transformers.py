@@ -3,23 +3,27 @@
 The native flavor stays as MLflow writes it; its python_function side is pointed at the runtime floor.
 """
 
+import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Never
 
+from mlflow.entities.model_registry import PromptVersion
 from mlflow.models import Model
 from mlflow.models.model import ModelInfo
 
+from phi3_mlflow.bars import no_bars
 from phi3_mlflow.runtime import manifest, trust
 from phi3_mlflow.runtime.chat import Task
 from phi3_mlflow.runtime.settings import refuse_batching
 from phi3_mlflow.runtime.signatures import input_example, signature
 from phi3_mlflow.runtime.tokens import Tokens
-from phi3_mlflow.weights import Weights, resolve
+from phi3_mlflow.weights import Source, Weights, find
 
 from . import common
+from .plan import Entry, Plan, Write, log, refuse, save
 
 if TYPE_CHECKING:
     import transformers
@@ -34,13 +38,14 @@ def save_model(
     template: bool = True,
     model_config: Mapping[str, Any] | None = None,
     target: common.Target = "mlflow",
-    mlflow_model: Model | None = None,
-    validate_serving_input: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+    extra_pip_requirements: Sequence[str] | None = None,
+    **others: Never,
 ) -> None:
     """Saves an MLflow model of the transformers kind.
 
     Args:
-        path: the folder to write; it must not exist, or be empty.
+        path: the folder to write; it must not exist, or be empty. It is removed again when that fails.
         weights: `embedded`, a folder of transformers, a Hugging Face id, or a text-generation pipeline.
         revision: of the Hugging Face repository; None for the pinned one.
         task: `llm/v1/chat`, `llm/v1/completions`, or `flat` (text columns in, text out); None for the target's own.
@@ -48,22 +53,191 @@ def save_model(
         model_config: defaults of the options, `context_length`, `threads` and `queue_limit`.
         target: `azure` makes a model that Azure ML's no-code image can load: the flat task, and what that image
             needs in the requirements.
-        mlflow_model: filled in by MLflow when the model is logged.
-        validate_serving_input: MLflow's, which hands all arguments of log on; it means nothing here.
+        metadata: further keys for the MLmodel file's metadata; what the builder writes there cannot be given.
+        extra_pip_requirements: further requirement lines, such as `["six==1.17"]`.
+        others: nothing; an argument of MLflow's own function is refused with what to use in its place.
 
     Raises:
         WeightsError: the weights are missing or of another kind.
         InvalidRequest: a setting in model_config is not allowed.
-        BuildError: torch or transformers is not installed.
+        BuildError: another argument is not allowed, a package is missing, or the disk is full.
     """
-    task, needed = common.for_target(target, task, common.requirements("torch", "transformers"))
+    refuse(others)
+    planned = plan(
+        weights,
+        revision=revision,
+        task=task,
+        template=template,
+        model_config=model_config,
+        target=target,
+        metadata=metadata,
+        extra_pip_requirements=extra_pip_requirements,
+    )
+    save(planned, path)
+
+
+def log_model(
+    weights: "str | Path | transformers.Pipeline" = "embedded",
+    *,
+    name: str = "phi3-transformers",
+    registered_model_name: str | None = None,
+    alias: str | None = None,
+    revision: str | None = None,
+    task: Task | None = None,
+    template: bool = True,
+    model_config: Mapping[str, Any] | None = None,
+    target: common.Target = "mlflow",
+    metadata: Mapping[str, Any] | None = None,
+    extra_pip_requirements: Sequence[str] | None = None,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, Any] | None = None,
+    model_type: str | None = None,
+    step: int = 0,
+    run_id: str | None = None,
+    prompts: Sequence[str | PromptVersion] | None = None,
+    await_registration_for: int | None = 300,
+    **others: Never,
+) -> ModelInfo:
+    """Logs, and on request registers, an MLflow model of the transformers kind.
+
+    Everything is checked before anything is downloaded, and the weights before a model is made.
+
+    Args:
+        weights: as for save_model, like all that are not described here.
+        name: of the logged model.
+        registered_model_name: registers a version under this name.
+        alias: for that version.
+        revision: see save_model.
+        task: see save_model.
+        template: see save_model.
+        model_config: see save_model; noted as params of the run too, where there is one.
+        target: see save_model.
+        metadata: see save_model.
+        extra_pip_requirements: see save_model.
+        params: of the logged model.
+        tags: of the logged model, and of the registered version.
+        model_type: any word by which to find the model.
+        step: of the run, for this model.
+        run_id: the run that the model belongs to; None for the active run, or the one that `mlflow run` made.
+        prompts: MLflow prompts, or their URIs, to link with the model.
+        await_registration_for: seconds to wait for the registered version; None or 0 not to wait.
+        others: nothing; an argument of MLflow's own function is refused with what to use in its place.
+
+    Returns:
+        MLflow's description; `model_uri` is what everything else takes.
+
+    Raises:
+        WeightsError, InvalidRequest: as for save_model.
+        BuildError: another argument is not allowed, a store cannot be written, or the disk is full.
+    """
+    refuse(others)
+    planned = plan(
+        weights,
+        revision=revision,
+        task=task,
+        template=template,
+        model_config=model_config,
+        target=target,
+        metadata=metadata,
+        extra_pip_requirements=extra_pip_requirements,
+    )
+    entry = Entry(
+        name=name,
+        registered_model_name=registered_model_name,
+        alias=alias,
+        params=params,
+        tags=tags,
+        model_type=model_type,
+        step=step,
+        run_id=run_id,
+        prompts=prompts,
+        await_registration_for=await_registration_for,
+    )
+    return log(planned, entry)
+
+
+def plan(
+    weights: "str | Path | transformers.Pipeline" = "embedded",
+    *,
+    revision: str | None = None,
+    task: Task | None = None,
+    template: bool = True,
+    model_config: Mapping[str, Any] | None = None,
+    target: common.Target = "mlflow",
+    metadata: Mapping[str, Any] | None = None,
+    extra_pip_requirements: Sequence[str] | None = None,
+) -> Plan:
+    """Checks the arguments of save_model and finds the weights. Downloads and writes nothing.
+
+    Raises:
+        WeightsError, InvalidRequest, BuildError: as for save_model.
+    """
+    task, needed = common.for_target(target, task, common.requirements("torch", "transformers"), extra_pip_requirements)
+    own = common.own_metadata(metadata)
+    common.check_config(task, template, model_config)
     refuse_batching(model_config or {})
+    if isinstance(weights, (str, Path)):
+        source = find(weights, "transformers", revision=revision)
+    else:
+        source = _in_memory(weights, revision)
+    config = common.full_config(task, source.name, model_config, template)
+
+    def prepare(found: Weights) -> Write:
+        with no_bars():
+            pipeline = _load(found.folder) if isinstance(weights, (str, Path)) else weights
+            with tempfile.TemporaryDirectory() as temporary:
+                pipeline.tokenizer.save_pretrained(temporary)  # type: ignore[union-attr]
+                Tokens.from_folder(Path(temporary))
+
+        def write(path: Path, model: Model, links: bool) -> None:
+            _write(path, model, pipeline, found, config, needed)
+            model.metadata = common.metadata(task, found, manifest.digest(path), own)
+            common.finish(model, path)
+
+        return write
+
+    return Plan(source, prepare, links=False, model_config=model_config)
+
+
+def _in_memory(pipeline: "transformers.Pipeline", revision: str | None) -> Source:
+    import transformers
+
+    if not isinstance(pipeline, transformers.TextGenerationPipeline):
+        raise common.BuildError(
+            f"weights is a {type(pipeline).__name__}; it must be `embedded`, a folder, a Hugging Face id or a "
+            "text-generation pipeline"
+        )
+    if revision is not None:
+        raise common.BuildError(f"a revision ({revision!r}) goes with a Hugging Face id, not with a pipeline")
+    name = pipeline.model.name_or_path or "a pipeline in memory"
+    if Path(name).exists():
+        name = Path(name).name
+    size = sum(parameter.nbytes for parameter in pipeline.model.parameters())
+    return Source(name, Path(), size, 0, lambda: Weights(Path(), name, None, "unknown"))
+
+
+def _load(folder: Path) -> "transformers.Pipeline":
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=False, dtype="auto"
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    return transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+
+
+def _write(
+    path: Path,
+    model: Model,
+    pipeline: "transformers.Pipeline",
+    found: Weights,
+    config: Mapping[str, Any],
+    needed: list[str],
+) -> None:
     import mlflow.transformers
 
-    pipeline, found = _load(weights, revision)
-    config = common.full_config(task, found.source, model_config, template)
-    path, model = Path(path), mlflow_model or Model()
-    with common.staged_code() as code, common.quiet_mlflow(), _no_network(), warnings.catch_warnings():
+    task = config["task"]
+    with common.staged_code() as code, common.quiet_mlflow(), no_bars(), _no_network(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         mlflow.transformers.save_model(
             pipeline,
@@ -77,69 +251,15 @@ def save_model(
         )
     _write_licence(path, found)
     trust.check_transformers(path)
-    Tokens.from_folder(path / "components" / "tokenizer")
     manifest.write(path, trust.TRANSFORMERS_PARTS)
-    model.metadata = common.metadata(task, found, manifest.digest(path))
     model.signature = signature(task)
     model.flavors["python_function"] |= {
         "loader_module": "phi3_mlflow.runtime.model",
-        "config": config,
+        "config": dict(config),
         "streamable": True,
     }
     native = model.flavors["transformers"]
     native |= {key: found.source for key in ("source_model_name", "tokenizer_name") if key in native}
-    common.finish(model, path)
-
-
-def log_model(
-    weights: "str | Path | transformers.Pipeline" = "embedded",
-    *,
-    name: str = "phi3-transformers",
-    registered_model_name: str | None = None,
-    alias: str | None = None,
-    **save_arguments: Any,
-) -> ModelInfo:
-    """Logs, and on request registers, an MLflow model of the transformers kind.
-
-    Args:
-        weights: as for save_model.
-        name: of the logged model.
-        registered_model_name: registers a version under this name.
-        alias: for that version.
-        save_arguments: further arguments of save_model.
-
-    Returns:
-        MLflow's description; `model_uri` is what everything else takes.
-    """
-    import phi3_mlflow.builders.transformers as flavor
-
-    return common.log(
-        flavor,
-        name=name,
-        registered_model_name=registered_model_name,
-        alias=alias,
-        weights=weights,
-        **save_arguments,
-    )
-
-
-def _load(
-    weights: "str | Path | transformers.Pipeline", revision: str | None
-) -> "tuple[transformers.Pipeline, Weights]":
-    import transformers
-
-    if not isinstance(weights, (str, Path)):
-        source = weights.model.name_or_path or "a pipeline in memory"
-        if Path(source).exists():
-            source = Path(source).name
-        return weights, Weights(Path(), source, None, "unknown")
-    found = resolve(weights, "transformers", revision=revision)
-    folder = str(found.folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False, dtype="auto"
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    return transformers.pipeline("text-generation", model=model, tokenizer=tokenizer), found
 
 
 @contextmanager

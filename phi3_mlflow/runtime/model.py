@@ -106,6 +106,10 @@ class AnswerFailed(CleanError):
         super().__init__(f"{place}the model failed while it answered; the server's log says why")
 
 
+# With its signature MLflow makes a table of every request.
+_NO_SIGNATURE = "comes from a model without its signature; put the logged one back, or log the model again"
+
+
 class Predictor:
     """`predict` and `predict_stream` of a loaded model, safe to call from several threads.
 
@@ -146,6 +150,8 @@ class Predictor:
             ModelUnavailable: the model takes no requests any more.
             AnswerFailed: the model failed.
         """
+        if not isinstance(data, pd.DataFrame):
+            raise clean(InvalidRequest("data", f"is a {type(data).__name__}, which only {_NO_SIGNATURE}"))
         rows = data.to_dict(orient="records")
         with Span(self.service.name, self._model_id, {"rows": rows, "params": params}) as span:
             return self._answers(rows, params, span)
@@ -296,6 +302,8 @@ def load(folder: Path, config: Mapping[str, Any] | None = None) -> Predictor:
     metadata = logged.metadata or {}
     if "format" not in metadata:
         raise FormatError(f"{folder} was not logged by phi3_mlflow")
+    if logged.signature is None:
+        raise FormatError(f"{folder} {_NO_SIGNATURE.replace('comes from', 'is')}")
     config = flavor.get("config", {}) if config is None else config
     if config.get("task") != metadata.get("task"):
         problem = f"is {shorten(config.get('task'))}, and the model was logged for {metadata.get('task')}"

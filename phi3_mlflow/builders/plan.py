@@ -1,0 +1,168 @@
+"""A model from what was asked for to what is written or logged: all that can be refused comes before the first byte.
+
+Knows the order of the steps; what a builder writes is in its own module, where it goes in `destination`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlflow
+from mlflow.entities.model_registry import PromptVersion
+from mlflow.models import Model
+from mlflow.models.model import ModelInfo
+
+from phi3_mlflow.weights import Source, Weights
+
+from . import destination
+from .common import BuildError, quiet_mlflow
+
+# Writes a model: the folder, the description to fill in, and whether weights may be hard links because MLflow copies
+# the folder once more and deletes it.
+Write = Callable[[Path, Model, bool], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model whose arguments were checked and whose weights were found. Nothing is downloaded or written yet.
+
+    Attributes:
+        source: the weights.
+        prepare: checks the downloaded weights and returns what writes the model. May raise what it likes.
+        links: whether weight files are taken as they are, and so can be hard links in a temporary folder.
+        model_config: the user's own, which MLflow notes as params of the run.
+    """
+
+    source: Source
+    prepare: Callable[[Weights], Write]
+    links: bool
+    model_config: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How a model is logged: names, and what MLflow keeps beside it. The builders' log_model describes the fields."""
+
+    name: str
+    registered_model_name: str | None = None
+    alias: str | None = None
+    params: Mapping[str, Any] | None = None
+    tags: Mapping[str, Any] | None = None
+    model_type: str | None = None
+    step: int = 0
+    run_id: str | None = None
+    prompts: Sequence[str | PromptVersion] | None = None
+    await_registration_for: int | None = 300
+
+
+def save(plan: Plan, path: str | Path) -> None:
+    """Writes a model into a folder. When that fails the folder is removed again.
+
+    Raises:
+        BuildError: the folder is not empty, or the disk is full or cannot be written.
+        Exception: what the builder refuses.
+    """
+    path = Path(path)
+    destination.check_folder(path)
+    destination.check_space([plan.source], [path], temporary=0)
+    write = plan.prepare(plan.source.fetch())
+    with destination.removed_on_failure(lambda: path):
+        write(path, Model(), False)
+
+
+def check(*models: tuple[Plan, Entry]) -> None:
+    """Checks where models are to be logged: names, stores, the run, prompts, space. Nothing of them is written.
+
+    Raises:
+        BuildError: something is not allowed or not there; the message names it.
+    """
+    for _, entry in models:
+        destination.check_names(entry.name, entry.registered_model_name, entry.alias)
+    destination.check_stores(registry=any(entry.registered_model_name for _, entry in models))
+    folders = []
+    for _, entry in models:
+        destination.check_prompts(entry.prompts or ())
+        folders.append(destination.artifact_folder(destination.find_run(entry.run_id)))
+    temporary = max(destination.temporary_size(plan.source, links=plan.links) for plan, _ in models)
+    destination.check_space([plan.source for plan, _ in models], folders, temporary=temporary)
+
+
+def log(plan: Plan, entry: Entry) -> ModelInfo:
+    """Logs a model, and registers it where the entry has a name for that.
+
+    Returns:
+        MLflow's description.
+
+    Raises:
+        BuildError: as for `check`, or the disk is full. No model is left that counts as whole.
+        Exception: what the builder refuses.
+    """
+    check((plan, entry))
+    write = plan.prepare(plan.source.fetch())
+    made: list[Model] = []
+
+    def save_model(path: str, mlflow_model: Model, **_: Any) -> None:
+        made.append(mlflow_model)
+        write(Path(path), mlflow_model, True)
+
+    with quiet_mlflow(), destination.removed_on_failure(partial(destination.folder_of, made)):
+        info = Model.log(
+            artifact_path=None,
+            name=entry.name,
+            flavor=SimpleNamespace(save_model=save_model),
+            registered_model_name=entry.registered_model_name,
+            await_registration_for=entry.await_registration_for,
+            run_id=destination.find_run(entry.run_id),
+            prompts=list(entry.prompts) if entry.prompts else None,
+            model_type=entry.model_type,
+            params=dict(entry.params or {}),
+            tags=dict(entry.tags) if entry.tags else None,
+            step=entry.step,
+            # These two MLflow reads itself, and hands them on.
+            model_config=dict(plan.model_config or {}),
+            validate_serving_input=False,
+        )
+    if entry.alias is not None:
+        version = str(info.registered_model_version)
+        mlflow.MlflowClient().set_registered_model_alias(str(entry.registered_model_name), entry.alias, version)
+    return info
+
+
+# Arguments of MLflow's own log_model functions that mean nothing here, and what to use in their place.
+_OTHERS = {
+    "artifact_path": "use `name`",
+    "artifacts": "the weights are the only ones",
+    "auth_policy": "the model calls no service",
+    "code_path": "the runtime's code is added by itself",
+    "code_paths": "the runtime's code is added by itself",
+    "conda_env": "the builder writes the environment; use `extra_pip_requirements` to add to it",
+    "input_example": "it follows from the task",
+    "loader_module": "the builder sets it",
+    "model_card": "the weights bring their own",
+    "model_id": "every call makes a model of its own",
+    "onnx_model": "use `weights`, with a folder",
+    "pip_requirements": "the builder pins them; use `extra_pip_requirements` to add to them",
+    "prompt_template": "the chat template comes with the weights",
+    "python_model": "use `weights`",
+    "resources": "the model calls no service",
+    "signature": "it follows from the task",
+    "streamable": "every model is",
+    "torch_dtype": "the weights say it",
+    "transformers_model": "use `weights`, which takes a pipeline too",
+}
+
+
+def refuse(others: Mapping[str, Any]) -> None:
+    """Refuses arguments that the builders do not have.
+
+    Raises:
+        BuildError: for one of MLflow's own, with what to use in its place.
+        TypeError: for any other name, as Python does.
+    """
+    for name in others:
+        if name in _OTHERS:
+            raise BuildError(f"the argument {name} of MLflow's log_model is not taken: {_OTHERS[name]}")
+        raise TypeError(f"unexpected argument {name!r}; help() of the function lists what it takes")
