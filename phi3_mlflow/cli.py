@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -68,6 +69,8 @@ def _searched(error: Exception) -> str:
 
 def main() -> None:
     """The entry point of `phi3-mlflow`."""
+    # Nothing is reported that nobody asked to be; MLflow reads this when it is imported.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     cli(prog_name="phi3-mlflow")
 
 

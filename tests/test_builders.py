@@ -203,9 +203,7 @@ def test_settings_and_defaults_can_be_changed_when_a_model_is_loaded(saved, buil
     for wrong, reason in [
         ({"threads": 0}, "`threads` is 0"),
         ({"response_format": {"type": "json_object"}}, "cannot be a default"),
-        ({"task": "flat", "n": 2}, "`n` is 2"),
-        ({"task": "flat", "logprobs": True}, "`logprobs` is true"),
-        ({"task": "flat", "response_format": {"type": "nonsense"}}, "`response_format.type`"),
+        ({"task": "flat"}, "`task` is 'flat', and the model was logged for llm/v1/chat"),
         ({"logit_bias": {"999999": 1}}, r"`logit_bias\[999999\]` is beyond"),
         ({"template": "no"}, "`template` is 'no'; it must be true or false"),
         ({"kv_budget": "4GiB"}, "`kv_budget` is (given|'4GiB')"),
@@ -241,6 +239,13 @@ def test_the_flat_task_answers_with_strings(builder, tmp_path):
 
     assert "Madrid" in answers[0]
     assert from_messages == answers
+    for wrong, reason in [
+        ({"n": 2}, "`n` is 2"),
+        ({"logprobs": True}, "`logprobs` is true"),
+        ({"response_format": {"type": "nonsense"}}, "`response_format.type`"),
+    ]:
+        with pytest.raises(InvalidRequest, match=reason):
+            mlflow.pyfunc.load_model(str(tmp_path / "model"), model_config=wrong)
 
 
 def test_a_response_format_is_no_default_of_a_chat_model(builder, tmp_path):
