@@ -150,14 +150,14 @@ class Metrics:
         """Counts a request as one under way, and its service as one to be watched."""
         with self._lock:
             self._open.add(id(record))
-            if record.service is not None and record.model is not None:
-                self._watch(record.model, record.service)
+            self._watch(record.model, record.service)
 
     def ended(self, record: Record) -> None:
         """Counts a request."""
         model = record.model or ""
         with self._lock:
             self._open.discard(id(record))
+            self._watch(record.model, record.service)  # not everything that asks a model has a beginning
             method = record.method if record.method in _METHODS else "other"
             route = record.route if record.route in _ROUTES else "other"
             self._requests[method, route, str(record.status), model] += 1
@@ -241,9 +241,9 @@ class Metrics:
                 gauge.add_metric([model], _engine_state(present[model])[name])
             yield gauge
 
-    def _watch(self, name: str, service: Service) -> None:
-        """Counts what the service does under the name. The lock is held."""
-        if any(each.service() is service for each in self._served):
+    def _watch(self, name: str | None, service: Service | None) -> None:
+        """Counts what the service does under the name, now that it is known. The lock is held."""
+        if name is None or service is None or any(each.service() is service for each in self._served):
             return
         gone = [each for each in self._served if each.service() is None]
         for each in gone:

@@ -123,7 +123,7 @@ class Traces:
         if not ended:
             raise HttpError(409, f"the answer of {trace_id} has not ended; try again then", param="trace_id")
         source = AssessmentSource(AssessmentSourceType.HUMAN, (user or "anonymous")[:_NAME])
-        work = partial(mlflow.log_feedback, trace_id=trace_id, name=name, value=value, rationale=comment, source=source)
+        work = partial(self._note, trace_id=trace_id, name=name, value=value, rationale=comment, source=source)
         future: Future[None] = Future()
         # Behind its trace where that waits, or else before all traces that do.
         if not self.queue.put(partial(_settle, future, work), first=trace_id not in self._unwritten):

@@ -198,6 +198,21 @@ def test_metrics_keep_no_service_alive():
     assert decoder.closed
 
 
+def test_what_a_model_does_for_requests_that_were_never_said_to_begin_is_counted_too():
+    metrics = Metrics()
+    service = Service(TOKENS, FakeDecoder(lambda prompt: LETTERS[:9]))
+    record = Record("POST", "/invocations", model="phi3", service=service)
+    for _, answer in service.run_table([service.prepare(service.parse(body()))]):
+        assert answer.choices[0].tokens == 10
+    end(metrics, record)
+    service.close()
+    del service, record
+    gc.collect()
+    seen = read(metrics)
+    assert seen["vllm:generation_tokens_total",] == 10
+    assert seen["phi3_mlflow_requests_open",] == 0
+
+
 def test_models_are_told_apart(load):
     metrics, one, two = Metrics(), load(), load()
     ask(metrics, one, "one")
