@@ -46,8 +46,7 @@ class Spans:
     tracer of the provider that MLflow has for such bridges.
 
     Raises:
-        TracesError: MLflow's tracing is off, or samples by itself.
-        MlflowException: the tracking URI means nothing.
+        TracesError: MLflow's tracing is off, samples by itself, or cannot be had as it is set.
     """
 
     def __init__(self) -> None:
@@ -166,6 +165,8 @@ def _tracer() -> Tracer:
     try:
         mlflow.tracing.reset()
         tracer = mlflow.tracing.get_bridged_tracer_provider().get_tracer("phi3_mlflow")
+    except (ImportError, MlflowException) as error:
+        raise TracesError(f"MLflow cannot trace as it is set: {error}") from None
     finally:
         if before is None:
             MLFLOW_ENABLE_ASYNC_TRACE_LOGGING.unset()

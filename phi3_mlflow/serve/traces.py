@@ -50,7 +50,6 @@ class Traces:
 
     Raises:
         TracesError: the rate is none, or MLflow cannot trace as it is set.
-        MlflowException: the tracking URI means nothing.
     """
 
     def __init__(self, rate: float):

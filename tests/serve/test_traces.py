@@ -226,6 +226,11 @@ def test_settings_that_would_lose_traces_are_refused(traces, monkeypatch):
     monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
     with pytest.raises(TracesError, match="tracing is off"):
         traces()
+    monkeypatch.delenv("OTEL_SDK_DISABLED")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "smoke")
+    with pytest.raises(TracesError, match="cannot trace as it is set: .*'smoke'"):
+        traces()
 
 
 def test_with_the_semantic_conventions_spans_are_opentelemetrys(traces, service, monkeypatch):
@@ -343,8 +348,9 @@ def mlflow_server(folder, port):
     """A real `mlflow server` for as long as the block lasts."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder)]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with open(folder / "server.log", "a") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     try:
         deadline = time.monotonic() + PATIENCE
         while True:
