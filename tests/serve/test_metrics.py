@@ -255,11 +255,12 @@ def test_whatever_paths_and_methods_clients_think_of_the_labels_are_few():
     }
 
 
-def test_what_background_work_lost_shows(load):
-    go = threading.Event()
-    queue = Background("traces", lambda item: go.wait(PATIENCE), items=1, room=10)
-    while queue.put("item"):
-        time.sleep(0.001)
+def test_what_background_work_lost_shows():
+    go, begun = threading.Event(), threading.Event()
+    queue = Background("traces", lambda item: begun.set() or go.wait(PATIENCE), items=1, room=10)
+    queue.put("at work")
+    assert begun.wait(PATIENCE)
+    assert [queue.put("item") for _ in range(2)] == [True, False]
     seen = read(Metrics(traces=queue))
     assert seen["phi3_mlflow_background_lost_total", "traces"] == 1
     assert seen["phi3_mlflow_background_waiting", "traces"] == 1

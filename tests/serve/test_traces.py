@@ -229,7 +229,7 @@ def test_settings_that_would_lose_traces_are_refused(traces, monkeypatch):
     monkeypatch.delenv("OTEL_SDK_DISABLED")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "smoke")
-    with pytest.raises(TracesError, match="cannot trace as it is set: .*'smoke'"):
+    with pytest.raises(TracesError, match=r"cannot trace as it is set: .*'smoke'"):
         traces()
 
 
