@@ -132,6 +132,18 @@ def test_the_gaps_between_tokens_are_those_of_the_scheduler_for_each_choice(load
     assert run.came <= run.begun <= run.first_token <= run.ended
 
 
+def test_an_answer_has_ended_when_its_last_piece_is_given_away(load):
+    seen = []
+    run = load().start(body(), deliver=lambda piece: seen.append((piece.last, run.ended > 0)))
+    deadline = time.monotonic() + PATIENCE
+    while not run.ended:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    while not seen[-1][0]:
+        time.sleep(0.001)
+    assert [last for last, _ in seen] == [ended for _, ended in seen]
+
+
 def test_running_and_waiting_requests_show_while_they_do_and_the_cache_that_they_use(load):
     go, begun = threading.Event(), threading.Event()
 
