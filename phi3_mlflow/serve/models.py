@@ -1,73 +1,23 @@
-"""The models that a server was started with: which is meant, which are in memory, and who uses them.
+"""The models that a server was started with: which one a request means, and which version an alias means.
 
-Knows no HTTP and nothing of what requests say. Everything here happens in the event loop; what blocks is in threads.
+Knows no HTTP but its errors, and nothing of how models come into memory.
 """
 
 import asyncio
-import logging
-import math
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
 from phi3_mlflow.runtime.errors import Phi3Error, shorten
 
-from .causes import logged, told
 from .errors import HttpError
-from .folders import Folder
+from .memory import Memory, Place
 from .served import Loaded, Spec, load
-from .threads import in_thread
 from .watch import follow
 
-_logger = logging.getLogger(__name__)
-
 Objects = list[dict[str, Any]]
-
-# Seconds between two attempts to load a model that cannot be loaded.
-RETRY_AFTER = 5.0
-# Seconds after which a client may ask again where nobody knows how long it will take.
-_LATER = 10
-# Seconds for which a load waits for a model that nobody uses. Then the one that was not used for the longest time
-# takes no more requests, for others would wait for ever beside one that is always in use.
-FAIR = 5.0
-# Seconds that a new version has to answer its example.
-ANSWER_SECONDS = 60.0
-# Seconds that `close` waits for decoders to come back.
-_CLOSING = 10.0
-
-
-@dataclass(eq=False)
-class Place:
-    """What is known of one served model.
-
-    Attributes:
-        spec: what was asked for.
-        loaded: the one that takes requests.
-        waiters: requests that wait for it; each is given a lease.
-        loading: the load under way.
-        began: when that was asked for, on time.monotonic()'s clock.
-        claimed: whether that takes memory already.
-        changing: whether another version is being loaded beside it.
-        failure: why the last load failed, for clients; None where it did not.
-        ended: when it did.
-        folder: where it was loaded from.
-        context_length: tokens; None until it is known.
-    """
-
-    spec: Spec
-    loaded: Loaded | None = None
-    waiters: "list[asyncio.Future[Loaded]]" = field(default_factory=list)
-    loading: "asyncio.Task[None] | None" = None
-    began: float = 0.0
-    claimed: bool = False
-    changing: bool = False
-    failure: str | None = None
-    ended: float = -math.inf
-    folder: Folder | None = None
-    context_length: int | None = None
 
 
 class Models:
@@ -105,18 +55,16 @@ class Models:
             names = [spec.name for spec in specs]
             twice = next(name for name in names if names.count(name) > 1)
             raise Phi3Error(f"two models are named {twice!r}: give each a name of its own")
-        self._max = max_loaded or len(specs)
-        self._load = partial(load, parallel=parallel, settings=settings or {})
-        self._load_timeout = load_timeout
+        self._max = max_loaded
+        self._memory = Memory(
+            list(self._places.values()),
+            most=max_loaded,
+            load=partial(load, parallel=parallel, settings=settings or {}),
+            load_timeout=load_timeout,
+        )
         self._watch_seconds = watch_seconds if watch else None
         self._created = int(time.time())
-        # Those that take no requests any more and are not closed yet.
-        self._leaving: set[Loaded] = set()
-        # Set when a model was loaded, given back or closed.
-        self._changed = asyncio.Event()
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._watching: list[asyncio.Task[None]] = []
-        self._end: float | None = None  # when `close` stops waiting, on time.monotonic()'s clock
 
     def list(self) -> Objects:
         """OpenAI's model objects, in the order in which the models were named."""
@@ -171,11 +119,11 @@ class Models:
         Raises:
             HttpError: 404, see `find`; 503 where it cannot be loaded, or not in time, or the server is ending.
         """
-        loaded = await self._take(self._places[self.find(name).name])
+        loaded = await self._memory.take(self._places[self.find(name).name])
         try:
             yield loaded
         finally:
-            self._give_back(loaded)
+            self._memory.give_back(loaded)
 
     async def start(self, preload: bool) -> None:
         """Begins to follow aliases.
@@ -187,7 +135,7 @@ class Models:
             HttpError: one of them cannot be loaded, or not in time.
         """
         for place in list(self._places.values())[: self._max] if preload else ():
-            self._give_back(await self._take(place))
+            self._memory.give_back(await self._memory.take(place))
         if self._watch_seconds is None:
             return
         for place in self._places.values():
@@ -199,7 +147,7 @@ class Models:
                             place.spec.uri,
                             seconds=self._watch_seconds,
                             present=partial(_version, place),
-                            change=partial(self._change, place),
+                            change=partial(self._memory.change, place),
                         )
                     )
                 )
@@ -210,241 +158,11 @@ class Models:
         Args:
             seconds: to wait; then what is still under way is ended. A second call can only shorten that.
         """
-        end = time.monotonic() + seconds
-        self._end = end if self._end is None else min(end, self._end)
-        self._changed.set()
         for task in self._watching:
             task.cancel()
-        for place in self._places.values():
-            if place.loading is not None:
-                place.loading.cancel()
-                place.loading = None
-            self._refuse(place, _ending)
-            if place.loaded is not None:
-                self._retire(place)
-        while any(loaded.leases for loaded in self._leaving) and time.monotonic() < self._end:
-            await self._next_change(self._end)
-        closing = [self._spawn(self._close(loaded)) for loaded in self._leaving]
-        if closing:
-            await asyncio.wait(closing, timeout=_CLOSING)
-        for place in self._places.values():
-            if place.folder is not None:
-                place.folder.remove()
-
-    async def _take(self, place: Place) -> Loaded:
-        """A model with one more lease."""
-        if self._end is not None:
-            raise _ending()
-        if place.loaded is not None and not place.loaded.service.statistics().alive:
-            _logger.error("%s has failed and is loaded again", place.spec.name)
-            self._retire(place)
-        if place.loaded is not None:
-            return self._lend(place.loaded)
-        if place.loading is None:
-            if time.monotonic() < place.ended + RETRY_AFTER and place.failure is not None:
-                raise _failed(place)
-            place.began = time.monotonic()
-            place.loading = self._spawn(self._bring(place))
-        waiter: asyncio.Future[Loaded] = asyncio.get_running_loop().create_future()
-        place.waiters.append(waiter)
-        taken = False
-        try:
-            await asyncio.wait({waiter}, timeout=max(0.0, place.began + self._load_timeout - time.monotonic()))
-            if not waiter.done():
-                raise self._late(place)
-            loaded = waiter.result()
-            taken = True
-            return loaded
-        finally:
-            if waiter in place.waiters:
-                place.waiters.remove(waiter)
-            if waiter.done() and waiter.exception() is None and not taken:
-                self._give_back(waiter.result())
-            if not place.waiters and not place.claimed and place.loading is not None:
-                place.loading.cancel()  # it waits for memory, and nobody waits for it
-                place.loading = None
-
-    def _lend(self, loaded: Loaded) -> Loaded:
-        loaded.leases += 1
-        loaded.used = time.monotonic()
-        return loaded
-
-    def _give_back(self, loaded: Loaded) -> None:
-        loaded.leases -= 1
-        loaded.used = time.monotonic()
-        if not loaded.leases and loaded in self._leaving:
-            self._spawn(self._close(loaded))
-        self._changed.set()
-
-    async def _bring(self, place: Place) -> None:
-        """Loads a model, and gives it to those who wait for it."""
-        spec = place.spec
-        await self._room(place)
-        try:
-            start = time.monotonic()
-            _logger.info("loading %s (%s) ...", spec.name, spec.uri)
-            work = partial(self._load, spec, kept=place.folder)
-            loaded = await in_thread(work, name=f"load {spec.name}", discard=_discard)
-        except Exception as error:
-            place.failure, place.ended = told(error), time.monotonic()
-            _logger.error("%s (%s) cannot be loaded: %s", spec.name, spec.uri, logged(error))
-            place.loading = None
-            self._refuse(place, partial(_failed, place))
-        else:
-            _logger.info("loaded %s in %.1f s", _named(loaded), time.monotonic() - start)
-            place.loading = place.failure = None
-            self._install(place, loaded)
-            for waiter in place.waiters:
-                if not waiter.done():
-                    waiter.set_result(self._lend(loaded))
-            place.waiters.clear()
-        finally:
-            place.claimed = False
-            self._changed.set()
-
-    async def _room(self, place: Place) -> None:
-        """Waits until one more model may be in memory, and claims its place."""
-        unfair = time.monotonic() + FAIR
-        while True:
-            here = [each for each in self._places.values() if each.loaded is not None or each.claimed]
-            until = None
-            if len(here) >= self._max:
-                could = [each for each in here if each.loaded is not None and not each.changing]
-                idle = [each for each in could if each.loaded is not None and not each.loaded.leases]
-                if victims := idle or (could if time.monotonic() >= unfair else []):
-                    victim = min(victims, key=lambda each: each.loaded.used if each.loaded else 0.0)
-                    _logger.info("%s gives its place in memory to %s", victim.spec.name, place.spec.name)
-                    self._retire(victim)
-                    continue
-                until = unfair if could else None
-            elif len(here) + len(self._leaving) < self._max:
-                place.claimed = True
-                return
-            await self._next_change(until)
-
-    async def _change(self, place: Place) -> None:
-        """Loads what the alias means now beside what is there, has it answer a question, and lets it take over.
-
-        Returns when the earlier one is closed, so that no third one is begun.
-
-        Raises:
-            Exception: it cannot be loaded, not in time, or cannot answer.
-        """
-        start = time.monotonic()
-        _logger.info("loading what %s means now (%s) ...", place.spec.name, place.spec.uri)
-        place.changing = True
-        try:
-            new = await self._successor(place.spec)
-        finally:
-            place.changing = False
-            self._changed.set()
-        if place.loading is not None or self._end is not None:  # what was there has failed meanwhile, or all ends
-            _discard_later(new)
-            return
-        old = self._retire(place, final=True) if place.loaded is not None else None
-        self._install(place, new)
-        _logger.info("loaded %s in %.1f s; it takes over", _named(new), time.monotonic() - start)
-        while old in self._leaving:
-            await self._next_change()
-        if old is not None:
-            _logger.info("%s has answered its last request and is closed", _named(old))
-
-    async def _successor(self, spec: Spec) -> Loaded:
-        """What an alias means now, loaded and tried."""
-        try:
-            async with asyncio.timeout(self._load_timeout) as limit:
-                new = await in_thread(partial(self._load, spec), name=f"load {spec.name}", discard=_discard)
-        except TimeoutError:
-            if limit.expired():
-                raise Phi3Error(f"it was not loaded within {self._load_timeout:g} seconds") from None
-            raise
-        try:
-            await in_thread(partial(new.ask, ANSWER_SECONDS), name=f"ask {spec.name}")
-        except BaseException:
-            _discard_later(new)
-            raise
-        return new
-
-    def _install(self, place: Place, loaded: Loaded) -> None:
-        place.loaded = loaded
-        place.folder = loaded.folder
-        place.context_length = loaded.service.context_length
-
-    def _retire(self, place: Place, *, final: bool = False) -> Loaded:
-        """Ends that a model takes requests; it is closed when those that use it are done."""
-        loaded, place.loaded = place.loaded, None
-        assert loaded is not None
-        loaded.final = final
-        self._leaving.add(loaded)
-        if not loaded.leases:
-            self._spawn(self._close(loaded))
-        return loaded
-
-    async def _close(self, loaded: Loaded) -> None:
-        try:
-            await in_thread(loaded.close, name=f"close {loaded.name}")
-        except Exception:
-            _logger.exception("%s was not closed properly", loaded.name)
-        finally:
-            self._leaving.discard(loaded)
-            self._changed.set()
-
-    async def _next_change(self, until: float | None = None) -> None:
-        """Waits for something to change, until a time on time.monotonic()'s clock at the longest."""
-        self._changed.clear()
-        # Not wait_for, which loses a cancellation where it comes together with the event.
-        with suppress(TimeoutError):
-            async with asyncio.timeout(None if until is None else max(0.0, until - time.monotonic())):
-                await self._changed.wait()
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        task = asyncio.create_task(work)
-        self._tasks.add(task)  # the loop itself holds tasks weakly
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    def _refuse(self, place: Place, error: Callable[[], HttpError]) -> None:
-        for waiter in place.waiters:
-            if not waiter.done():
-                waiter.set_exception(error())
-        place.waiters.clear()
-
-    def _late(self, place: Place) -> HttpError:
-        problem = (
-            f"is not loaded after {self._load_timeout:g} seconds, and is loaded on"
-            if place.claimed
-            else "waits for its place in memory, and all other models there are in use"
-        )
-        return _unavailable(f"the model `{place.spec.name}` {problem}; try again later", _LATER)
-
-
-def _named(loaded: Loaded) -> str:
-    return loaded.name if loaded.version is None else f"{loaded.name} (version {loaded.version})"
+        await self._memory.close(seconds)
 
 
 def _version(place: Place) -> str | None:
     """What of a registered model is in memory."""
     return None if place.loaded is None else place.loaded.version
-
-
-def _discard(loaded: Loaded) -> None:
-    """Closes what was loaded for nobody."""
-    loaded.final = True
-    loaded.close()
-
-
-def _discard_later(loaded: Loaded) -> None:
-    in_thread(partial(_discard, loaded), name=f"close {loaded.name}")
-
-
-def _unavailable(message: str, seconds: int) -> HttpError:
-    return HttpError(503, message, kind="server_error", code="model_not_loaded", retry_after=seconds)
-
-
-def _failed(place: Place) -> HttpError:
-    left = math.ceil(max(1.0, place.ended + RETRY_AFTER - time.monotonic()))
-    return _unavailable(f"the model `{place.spec.name}` cannot be loaded: {place.failure}", left)
-
-
-def _ending() -> HttpError:
-    return _unavailable("the server is ending; try again later", _LATER)

@@ -53,7 +53,8 @@ class Spec:
     @property
     def follows_alias(self) -> bool:
         """Whether the registry may come to mean another version by the URI."""
-        return (registered(self.uri) or " ")[1:2] == ("@",)
+        parts = registered(self.uri)
+        return parts is not None and parts[1] == "@"
 
 
 @dataclass(eq=False)

@@ -4,9 +4,9 @@ import asyncio
 import functools
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,6 @@ def logged() -> str:
 
 def register(name: str, uri: str | None = None, alias: str | None = None) -> str:
     """Registers one more version, which is the embedded model where no other is given; returns its number."""
-    version = MlflowClient()
-    if not version.search_registered_models(f"name = '{name}'"):
-        version.create_registered_model(name)
     number = mlflow.register_model(uri or logged(), name, await_registration_for=0).version
     if alias:
         point(name, alias, number)
@@ -55,18 +52,30 @@ def damaged() -> str:
 
 
 class Slow:
-    """A copy of a model's folder that cannot be loaded before `finish` is called: its manifest is a named pipe."""
+    """A copy of a model's folder that cannot be loaded before `finish` is called: its manifest is a named pipe.
+
+    Args:
+        model: a saved model of the ONNX builder.
+        folder: to make.
+    """
 
     def __init__(self, model: Path, folder: Path):
-        self.folder = shutil.copytree(model, folder, copy_function=os.link)
+        self.folder = shutil.copytree(model, folder)
         self._manifest = self.folder / "artifacts" / "weights" / "manifest.json"
-        self._content = self._manifest.read_bytes()
-        self._manifest.unlink()
-        os.mkfifo(self._manifest)
+        self._whole, self._pipe = folder.with_name("manifest.json"), folder.with_name("pipe")
+        self._manifest.rename(self._whole)
+        os.mkfifo(self._pipe)
+        os.link(self._pipe, self._manifest)
 
     def finish(self) -> None:
-        """Lets the load that waits go on."""
-        threading.Thread(target=self._manifest.write_bytes, args=(self._content,), daemon=True).start()
+        """Lets the load that waits go on, and later ones too. Harmless the second time."""
+        if self._whole.exists():
+            content = self._whole.read_bytes()
+            self._whole.replace(self._manifest)
+            with suppress(OSError):  # nobody reads it
+                writer = os.open(self._pipe, os.O_WRONLY | os.O_NONBLOCK)
+                os.write(writer, content)
+                os.close(writer)
 
 
 async def ask(models: Models, name: str | None = None, body: dict[str, Any] | None = None) -> str:

@@ -16,7 +16,7 @@ from logged import MADRID, SPAIN, Slow, answer, ask, damaged, register, until
 
 from phi3_mlflow.builders import onnx
 from phi3_mlflow.runtime.errors import Phi3Error, Unavailable
-from phi3_mlflow.serve import models as models_module
+from phi3_mlflow.serve import memory
 from phi3_mlflow.serve.errors import HttpError
 from phi3_mlflow.serve.models import Models, Spec
 
@@ -213,7 +213,7 @@ def test_a_load_that_takes_too_long_is_told_to_those_who_wait_and_goes_on(slow):
 
 
 def test_a_load_that_fails_is_told_to_all_who_wait_and_tried_again_later(caplog, monkeypatch):
-    monkeypatch.setattr(models_module, "RETRY_AFTER", 0.5)
+    monkeypatch.setattr(memory, "RETRY_AFTER", 0.5)
     caplog.set_level(logging.INFO, "phi3_mlflow.serve")
     uri = damaged()
 
@@ -303,7 +303,7 @@ def test_a_load_that_finds_no_place_in_time_is_a_503_and_leaves_nothing_behind(o
     async def run():
         models = two(onnx_model, max_loaded=1, load_timeout=30)
         async with models.lease("a"):
-            models._load_timeout = 0.2
+            models._memory._load_timeout = 0.2
             with pytest.raises(HttpError, match="`b` waits for its place in memory") as caught:
                 await ask(models, "b")
         await asyncio.sleep(0.2)
@@ -319,7 +319,7 @@ def test_a_load_that_finds_no_place_in_time_is_a_503_and_leaves_nothing_behind(o
 
 
 def test_a_model_that_is_always_in_use_does_not_keep_others_out_for_ever(onnx_model, monkeypatch):
-    monkeypatch.setattr(models_module, "FAIR", 0.3)
+    monkeypatch.setattr(memory, "FAIR", 0.3)
 
     async def run():
         models = two(onnx_model, max_loaded=1)
@@ -429,6 +429,8 @@ def test_close_cuts_what_does_not_end_in_time_and_a_second_call_ends_at_once(onn
 
 
 def test_close_ends_those_who_wait_and_what_is_loaded_later_is_closed_at_once(slow):
+    before = set(threading.enumerate())
+
     async def run():
         models = Models([Spec("slow", str(slow.folder))])
         waiting = asyncio.create_task(ask(models))
@@ -444,25 +446,12 @@ def test_close_ends_those_who_wait_and_what_is_loaded_later_is_closed_at_once(sl
     took = asyncio.run(run())
     slow.finish()  # the loop is closed by now
     end = time.monotonic() + 60
-    while {"load slow", "phi3-scheduler"} & {thread.name for thread in threading.enumerate() if _new(thread)}:
+    while any(thread.name == "load slow" for thread in threading.enumerate()):
         assert time.monotonic() < end
         time.sleep(0.01)
 
     assert took < 10
-
-
-def _new(thread: threading.Thread) -> bool:
-    """Not one of a model that other tests keep."""
-    return thread.name != "phi3-scheduler" or thread not in _OLD
-
-
-_OLD: set[threading.Thread] = set()
-
-
-@pytest.fixture(autouse=True)
-def _old_threads():
-    _OLD.clear()
-    _OLD.update(threading.enumerate())
+    assert not {thread for thread in threading.enumerate() if thread.name == "phi3-scheduler"} - before
 
 
 def test_mlflows_scoring_app_answers_as_long_as_the_model_is_there(onnx_model):
