@@ -305,11 +305,11 @@ class _Builder:
         width = sum(_width(part) for part in parts)
         size = width // (query + 2 * key)
         widths = [query * size, key * size, key * size]
+        if query % key or sum(widths) != width or (len(parts) == 3 and [_width(part) for part in parts] != widths):
+            raise self.refused(node, f"with {width} numbers for {query} and {key} heads")
         if len(parts) == 1:
             split = ops.variadic_split(parts[0], _number(-1, np.int64), _number(widths, np.int64))
             parts = split.outputs()
-        if [_width(part) for part in parts] != widths:
-            raise self.refused(node, f"with {width} numbers for {query} and {key} heads")
         window = node.attributes.get("local_window_size", -1)
         scale = node.attributes.get("scale", 0.0) or size**-0.5
         return Heads(query, key, size, scale, max(window, 0)), parts
