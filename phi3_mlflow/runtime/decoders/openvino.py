@@ -16,7 +16,8 @@ from .base import Part
 from .blocks import Blocks
 from .exported import CannotBatch
 from .kv import machine_memory
-from .openvino_graph import BLOCK, Heads, attention_model, build, ov
+from .openvino_attention import BLOCK, give_caches, ov, prove_attention
+from .openvino_graph import build
 
 KvCache = Literal["u8", "f32"]
 
@@ -93,9 +94,9 @@ class OpenVinoDecoder:
                 # OpenVINO lays the weights out anew in its first inference: it belongs to loading.
                 self._infer({0: Part([5, 6], 1)}, bar)
                 self.rewind(0, 0)
-                _prove_attention(self._heads, _properties(threads, kv_cache), self.context_length)
+                prove_attention(self._heads, _properties(threads, kv_cache), self.context_length)
                 self._prove()
-            except (CannotBatch, MemoryError):
+            except CannotBatch:
                 raise
             except Exception as error:  # OpenVINO raises whatever its C++ side throws
                 raise CannotBatch(f"OpenVINO cannot run {folder / shape.filename}: {_line(error)}") from error
@@ -157,7 +158,7 @@ class OpenVinoDecoder:
         self._heads, self._switch, self._weights = built.heads, built.switch, built.weights
         self._compiled = ov.Core().compile_model(built.model, "CPU", dict(properties))
         self._request = self._compiled.create_infer_request()
-        self._caches = _give_caches(self._compiled, self._request, self.capacity // BLOCK)
+        self._caches = give_caches(self._compiled, self._request, self.capacity // BLOCK)
         self._views = [cache.data for cache in self._caches]
 
     def _infer(self, parts: Mapping[int, Part], bar: Any = None) -> dict[int, np.ndarray]:
@@ -317,70 +318,6 @@ def _properties(threads: int | None, kv_cache: KvCache) -> dict[str, Any]:
         "ENABLE_CPU_PINNING": False,
     }
     return properties | ({"INFERENCE_NUM_THREADS": threads} if threads is not None else {})
-
-
-def _give_caches(compiled: Any, request: Any, blocks: int) -> list[Any]:
-    """Memory for the keys and values, which is used when it is first written."""
-    caches = []
-    for port in compiled.inputs:
-        name = port.get_any_name()
-        if "_cache." in name:
-            rest = [size.get_length() for size in list(port.get_partial_shape())[1:]]
-            caches.append(ov.Tensor(port.get_element_type(), ov.Shape([blocks, *rest])))
-            request.set_tensor(name, caches[-1])
-    return caches
-
-
-def _prove_attention(heads: Heads, properties: Mapping[str, Any], context_length: int) -> None:
-    """Computes attention over random numbers with OpenVINO and by its definition, the window's edge included.
-
-    Raises:
-        CannotBatch: they differ.
-    """
-    shared = heads.query // heads.key
-    small = Heads(shared, 1, heads.size, heads.scale, heads.window)
-    random = np.random.default_rng(0)
-    length = heads.window + 40 if 0 < heads.window < context_length else 100
-    keys, values = random.standard_normal((2, length, heads.size), np.float32)
-    queries = random.standard_normal((length, shared, heads.size), np.float32)
-    # The last token looks for the keys on both sides of the edge, and beyond it above all.
-    edge = max(length - heads.window, 1) if heads.window else 1
-    queries[-1] = 4 * random.standard_normal(heads.size, np.float32)
-    keys[edge], keys[edge - 1] = queries[-1, 0], 2 * queries[-1, 0]
-    compiled = ov.Core().compile_model(attention_model(small), "CPU", dict(properties))
-    request = compiled.create_infer_request()
-    blocks = -(-length // BLOCK)
-    caches = _give_caches(compiled, request, blocks)
-    table = list(range(blocks))[::-1]
-    for start, end in ((0, length - 4), (length - 4, length - 1), (length - 1, length)):
-        inputs = {
-            "query": queries[start:end].reshape(end - start, -1),
-            "key": keys[start:end],
-            "value": values[start:end],
-            "past_lens": [start],
-            "subsequence_begins": [0, end - start],
-            "block_indices": table[: -(-end // BLOCK)],
-            "block_indices_begins": [0, -(-end // BLOCK)],
-            "max_context_len": end,
-        }
-        for name, value in inputs.items():
-            array = value if isinstance(value, np.ndarray) else np.asarray(value, np.int32)
-            request.set_tensor(name, ov.Tensor(array))
-        request.infer()
-        found = request.get_output_tensor(0).data.reshape(end - start, shared, heads.size)
-        for place in range(max(start, end - 4), end):
-            expected = _attend(queries[place], keys[: place + 1], values[: place + 1], heads)
-            if not np.abs(found[place - start] - expected).max() <= _TOLERANCE:
-                raise CannotBatch(f"OpenVINO's attention is wrong for token {place} with a window of {heads.window}")
-    del caches
-
-
-def _attend(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, heads: Heads) -> np.ndarray:
-    """Attention of one token's queries (heads, size) over keys and values (tokens, size), by its definition."""
-    seen = slice(-heads.window if heads.window else None, None)
-    scores = heads.scale * queries @ keys[seen].T
-    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return weights @ values[seen] / weights.sum(axis=1, keepdims=True)
 
 
 def _line(error: Exception) -> str:

@@ -4,7 +4,6 @@ Knows the operators that the model builder of onnxruntime-genai writes for Phi-3
 its name. The weights stay in the mapped file.
 """
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,24 +12,9 @@ import numpy as np
 
 from .exported import CannotBatch, Exported
 from .onnx_file import Graph, Node
+from .onnx_lengths import Lengths
+from .openvino_attention import Constant, Heads, attend, cache_inputs, number, ops, ov, paging_inputs, parameter
 
-# `import openvino` reports the import to its maker where this package is installed: it writes below the home folder,
-# starts a process and connects. Where the package cannot be imported, openvino takes a stand-in that does nothing.
-_TELEMETRY = "openvino_telemetry"
-_missing = _TELEMETRY not in sys.modules
-if _missing:
-    sys.modules[_TELEMETRY] = None  # type: ignore[assignment]
-try:
-    import openvino as ov
-    from openvino import opset15 as ops
-    from openvino.op import Constant, Parameter, _PagedAttentionExtension
-finally:
-    if _missing:
-        del sys.modules[_TELEMETRY]
-
-BLOCK = 32  # positions; the only size that OpenVINO's paged attention takes on the CPU
-
-_PREFIX = "the graph's node"
 _DOMAINS = ("", "ai.onnx", "com.microsoft")
 # What each attribute of GroupQueryAttention may be; None for anything.
 _ATTENTION = {
@@ -44,25 +28,6 @@ _ATTENTION = {
     "smooth_softmax": 0,
 }
 _REST = 2**63 - 1  # the end of a slice that goes on to the end
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Attention, which is the same in all layers.
-
-    Attributes:
-        query: heads of the queries.
-        key: heads of the keys and values; each serves query // key heads of the queries.
-        size: numbers in a head.
-        scale: of the products of queries and keys.
-        window: how many positions a token sees, itself included; 0 for all.
-    """
-
-    query: int
-    key: int
-    size: int
-    scale: float
-    window: int
 
 
 @dataclass(frozen=True)
@@ -103,15 +68,6 @@ def build(graph: Graph, exported: Exported) -> Built:
     return _Builder(graph, exported).build()
 
 
-def attention_model(heads: Heads) -> Any:
-    """Attention alone: the inputs are `query`, `key` and `value`, flat, and those of Built for one layer."""
-    flat = {"query": heads.query, "key": heads.key, "value": heads.key}
-    parts = {name: _parameter(name, ov.Type.f32, [-1, count * heads.size]) for name, count in flat.items()}
-    paging, caches = _paging(), _caches(0)
-    result = _attention(heads, list(parts.values()), caches, paging)
-    return ov.Model([ops.result(result)], [*parts.values(), *paging.values(), *caches], "attention")
-
-
 class _Builder:
     """Goes through the nodes once and keeps the value that each one gives."""
 
@@ -120,16 +76,16 @@ class _Builder:
         self._exported = exported
         self._values: dict[str, Any] = {}  # what nodes give
         self._weights: list[np.ndarray] = []
-        self._paging = _paging()
+        self._paging = paging_inputs()
         self._ids, self._positions, self._wanted = (
-            _parameter(name, ov.Type.i32, [-1]) for name in ("ids", "positions", "wanted")
+            parameter(name, ov.Type.i32, [-1]) for name in ("ids", "positions", "wanted")
         )
         self._layers: list[tuple[Any, Any]] = []  # the caches
         self._heads: Heads | None = None
         self._tables: tuple[Any, Any] | None = None  # cosines and sines at the positions
         self._table_names: tuple[str, str] | None = None
         self._switch: int | None = None
-        self._lengths = _Lengths(graph, exported)
+        self._lengths = Lengths(graph, exported.attention_mask)
 
     def build(self) -> Built:
         for node in self._graph.nodes:
@@ -149,7 +105,7 @@ class _Builder:
 
     def refused(self, node: Node, why: str) -> CannotBatch:
         operator = f"{node.domain}.{node.op}" if node.domain else node.op
-        return CannotBatch(f"{_PREFIX} {node.name or node.outputs[0]} is a {operator}, {why}")
+        return CannotBatch(f"the graph's node {node.name or node.outputs[0]} is a {operator}, {why}")
 
     def value(self, node: Node, index: int) -> Any:
         """What another node gives as this one's input."""
@@ -199,8 +155,8 @@ class _Builder:
         table = self.array(node, 0)
         if table.dtype != np.float32:
             raise self.refused(node, f"whose weights are {table.dtype}")
-        found = ops.gather(self.constant(table), self._ids, _number(0, np.int32))
-        self._values[node.outputs[0]] = ops.unsqueeze(found, _number(1, np.int32))
+        found = ops.gather(self.constant(table), self._ids, number(0, np.int32))
+        self._values[node.outputs[0]] = ops.unsqueeze(found, number(1, np.int32))
 
     def norm(self, node: Node) -> None:
         self.limit(node, 2, epsilon=None, axis=-1, stash_type=1)
@@ -217,10 +173,10 @@ class _Builder:
             self._values[node.outputs[3]] = both
 
     def _normed(self, node: Node, x: Any, scale: np.ndarray) -> Any:
-        square = ops.power(x, _number([[[2.0]]]))
-        mean = ops.reduce_mean(square, _number([-1], np.int64), True)
-        root = ops.sqrt(ops.add(mean, _number([[[node.attributes["epsilon"]]]])))
-        inverse = ops.divide(_number([[[1.0]]]), root)
+        square = ops.power(x, number([[[2.0]]]))
+        mean = ops.reduce_mean(square, number([-1], np.int64), True)
+        root = ops.sqrt(ops.add(mean, number([[[node.attributes["epsilon"]]]])))
+        inverse = ops.divide(number([[[1.0]]]), root)
         return ops.multiply(self.constant(scale, [1, 1, scale.size]), ops.multiply(x, inverse))
 
     def product(self, node: Node) -> None:
@@ -243,7 +199,7 @@ class _Builder:
         weights = self.constant(packed.reshape(-1), grouped, ov.Type.u4)
         weights = ops.subtract(ops.convert(weights, ov.Type.f32), ops.convert(zeros, ov.Type.f32))
         weights = ops.multiply(weights, self.constant(scales, [rows, columns // block, 1]))
-        weights = ops.reshape(weights, _number([rows, columns], np.int64), False)
+        weights = ops.reshape(weights, number([rows, columns], np.int64), False)
         x = self._wanted_only(node, self.value(node, 0))
         self._values[node.outputs[0]] = ops.matmul(x, weights, False, True)
 
@@ -261,7 +217,7 @@ class _Builder:
         """Of the input of the last product only the rows whose logits are wanted."""
         if node.outputs[0] != self._exported.logits:
             return x
-        return ops.gather(x, self._wanted, _number(0, np.int32))
+        return ops.gather(x, self._wanted, number(0, np.int32))
 
     def sigmoid(self, node: Node) -> None:
         self.limit(node, 1)
@@ -290,11 +246,11 @@ class _Builder:
             _turn(part, count, heads.size, cosines, sines)
             for part, count in zip(parts, (heads.query, heads.key), strict=False)
         ]
-        value = ops.reshape(parts[2], _number([-1, heads.key * heads.size], np.int64), False)
-        caches = _caches(layer)
+        value = ops.reshape(parts[2], number([-1, heads.key * heads.size], np.int64), False)
+        caches = cache_inputs(layer)
         self._layers.append(caches)
-        seen = _attention(heads, [*turned, value], caches, self._paging)
-        self._values[node.outputs[0]] = ops.reshape(seen, _number([-1, 1, heads.query * heads.size], np.int64), False)
+        seen = attend(heads, [*turned, value], caches, self._paging)
+        self._values[node.outputs[0]] = ops.reshape(seen, number([-1, 1, heads.query * heads.size], np.int64), False)
 
     def _split(self, node: Node) -> tuple[Heads, list[Any]]:
         """What the attention is, and queries, keys and values of (tokens, 1, numbers)."""
@@ -308,7 +264,7 @@ class _Builder:
         if query % key or sum(widths) != width or (len(parts) == 3 and [_width(part) for part in parts] != widths):
             raise self.refused(node, f"with {width} numbers for {query} and {key} heads")
         if len(parts) == 1:
-            split = ops.variadic_split(parts[0], _number(-1, np.int64), _number(widths, np.int64))
+            split = ops.variadic_split(parts[0], number(-1, np.int64), number(widths, np.int64))
             parts = split.outputs()
         window = node.attributes.get("local_window_size", -1)
         scale = node.attributes.get("scale", 0.0) or size**-0.5
@@ -331,8 +287,8 @@ class _Builder:
                 if table.dtype != np.float32 or table.ndim != 2 or table.shape[1] * 2 != self._heads.size:
                     raise self.refused(node, f"whose table {name} is {table.dtype} of shape {list(table.shape)}")
             whole = self.constant(tables[0] if len(tables) == 1 else np.concatenate(tables))
-            half = ops.gather(whole, self._positions, _number(0, np.int32))
-            found.append(ops.unsqueeze(ops.concat([half, half], -1), _number([1, 2], np.int32)))
+            half = ops.gather(whole, self._positions, number(0, np.int32))
+            found.append(ops.unsqueeze(ops.concat([half, half], -1), number([1, 2], np.int32)))
         if rows < self._exported.context_length:
             raise self.refused(node, f"whose tables have {rows} rows for a context of {self._exported.context_length}")
         self._table_names, self._switch = names, self._lengths.switch if names[0] in self._lengths.tables else None
@@ -352,166 +308,21 @@ _TRANSLATIONS: Mapping[str, Callable[[_Builder, Node], None]] = {
 }
 
 
-class _Lengths:
-    """The part of the graph that depends on the attention mask alone: computed on a few masks, not translated.
-
-    Attributes:
-        tables: pairs of rotary tables by the name of the value that is one or the other, the one for short first.
-        switch: sequences of more positions than this take the second table.
-    """
-
-    def __init__(self, graph: Graph, exported: Exported):
-        self._mask = exported.attention_mask
-        self._graph = graph
-        self.tables: dict[str, list[np.ndarray]] = {}
-        self.switch: int | None = None
-        # Two rows of different lengths, as they are decoded together.
-        self._sample = np.array([[1] * 7, [1] * 5 + [0] * 2])
-        self._known = self._evaluate(self._sample)
-        for node in graph.nodes:
-            if node.op == "If" and node.input(0) in self._known:
-                self._take_branches(node)
-
-    def explains(self, node: Node) -> bool:
-        """Whether the node is part of it."""
-        return all(name in self._known or name in self.tables for name in node.outputs if name)
-
-    def are(self, last: str, total: str) -> bool:
-        """Whether the values are the rows' lengths less one, and the length of the longest one."""
-        known = self._known
-        if last not in known or total not in known:
-            return False
-        return known[last].ravel().tolist() == [6, 4] and known[total].ravel().tolist() == [7]
-
-    def _evaluate(self, mask: np.ndarray) -> dict[str, np.ndarray]:
-        known = {self._mask: mask}
-        for node in self._graph.nodes:
-            inputs = [known.get(name, self._graph.tensors.get(name)) for name in node.inputs if name]
-            compute = _INTEGERS.get(node.op)
-            of_mask = node.op == "Constant" or any(name in known for name in node.inputs)
-            if compute is not None and of_mask and all(value is not None for value in inputs):
-                known[node.outputs[0]] = np.asarray(compute(node.attributes, *inputs))
-        return known
-
-    def _take_branches(self, node: Node) -> None:
-        """An If that gives rotary tables: which is for which length is tried out."""
-        branches = [node.attributes.get(name) for name in ("else_branch", "then_branch")]
-        tables = [_branch(branch) for branch in branches]
-        if any(len(table) != len(node.outputs) for table in tables):
-            return  # It stays unknown, and is refused by its name.
-        short = len(tables[0][0])
-        taken = [bool(self._evaluate(np.ones((1, length)))[node.input(0)].all()) for length in (1, short, short + 1)]
-        if taken != [False, False, True]:
-            return
-        self.switch = short
-        self.tables |= {name: [table[index] for table in tables] for index, name in enumerate(node.outputs)}
-
-
-_INTEGERS: Mapping[str, Callable[..., Any]] = {
-    "Cast": lambda attributes, x: x,
-    "Constant": lambda attributes: attributes.get("value"),
-    "Gather": lambda attributes, x, index: np.take(x, index.astype(int), attributes.get("axis", 0)),
-    "Greater": lambda attributes, x, y: x > y,
-    "ReduceSum": lambda attributes, x, axes: x.sum(tuple(axes.tolist()), keepdims=bool(attributes.get("keepdims", 1))),
-    "Shape": lambda attributes, x: x.shape,
-    "Sub": lambda attributes, x, y: x - y,
-}
-
-
-def _branch(graph: Any) -> list[np.ndarray]:
-    """What a branch of an If gives, where that is constants only; else nothing."""
-    if not isinstance(graph, Graph):
-        return []
-    known = dict(graph.tensors)
-    for node in graph.nodes:
-        if node.op == "Constant" and isinstance(value := node.attributes.get("value"), np.ndarray):
-            known[node.outputs[0]] = value
-    return [known[name] for name in graph.outputs if name in known]
-
-
-def _attention(heads: Heads, parts: Sequence[Any], caches: Sequence[Any], paging: Mapping[str, Any]) -> Any:
-    """OpenVINO's paged attention over queries, keys and values of (tokens, heads * size)."""
-    none_int, none_float = _number([], np.int32), _number([])
-    zero = _number(0, np.int32)
-    # The order is that of ov::op::PagedAttentionExtension in openvino 2026.4 (paged_attention.hpp).
-    inputs = {
-        **dict(zip(("query", "key", "value"), parts, strict=True)),
-        **dict(zip(("key_cache", "value_cache"), caches, strict=True)),
-        **{name: paging[name] for name in _TABLES},
-        "scale": _number(heads.scale),
-        "sliding_window": _number(heads.window, np.int32),
-        "alibi_slopes": none_float,
-        "max_context_len": paging["max_context_len"],
-        "score_aggregation_window": none_int,
-        "rotated_block_indices": none_int,
-        "rotation_deltas": none_int,
-        "rotation_trig_lut": none_float,
-        "xattention_threshold": none_float,
-        "xattention_block_size": zero,
-        "xattention_stride": zero,
-        "sinks": none_float,
-        "adaptive_rkv_start_size": zero,
-        "adaptive_rkv_evictable_sizes": none_int,
-        "adaptive_rkv_diversity_block_set_indices": none_int,
-        "adaptive_rkv_diversity_block_set_indices_begins": none_int,
-        "token_type_ids": none_int,
-        "qq_bias": _number([], np.uint8),
-        "qq_bias_begins": none_int,
-    }
-    found = _PagedAttentionExtension([_output(value) for value in inputs.values()])
-    for name, value in (
-        ("num_k_heads", heads.key),
-        ("num_v_heads", heads.key),
-        ("k_head_size", heads.size),
-        ("v_head_size", heads.size),
-    ):
-        found.set_rt_info(value, name)
-    return found.output(0)
-
-
-_TABLES = ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")
-
-
-def _paging() -> dict[str, Any]:
-    """What says which sequences, and which of their blocks, the tokens of a step belong to."""
-    lists = {name: _parameter(name, ov.Type.i32, [-1]) for name in _TABLES}
-    return lists | {"max_context_len": _parameter("max_context_len", ov.Type.i32, [])}
-
-
-def _caches(layer: int) -> tuple[Any, Any]:
-    """The keys and values of a layer. OpenVINO decides on type and shape when the model is compiled."""
-    key, value = (_parameter(f"{kind}_cache.{layer}", ov.Type.dynamic, [-1] * 4) for kind in ("key", "value"))
-    return key, value
-
-
 def _turn(x: Any, heads: int, size: int, cosines: Any, sines: Any) -> Any:
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of (tokens, 1, heads * size); flat again."""
-    x = ops.reshape(x, _number([0, 0, heads, size], np.int64), True)
-    x = ops.transpose(x, _number([0, 2, 1, 3], np.int64))
-    step, axis = _number([1], np.int64), _number([3], np.int64)
+    x = ops.reshape(x, number([0, 0, heads, size], np.int64), True)
+    x = ops.transpose(x, number([0, 2, 1, 3], np.int64))
+    step, axis = number([1], np.int64), number([3], np.int64)
     first, second = (
-        ops.slice(x, _number([start], np.int64), _number([end], np.int64), step, axis)
+        ops.slice(x, number([start], np.int64), number([end], np.int64), step, axis)
         for start, end in ((0, size // 2), (size // 2, _REST))
     )
-    crossed = ops.concat([ops.multiply(second, _number([[[[-1.0]]]])), first], -1)
+    crossed = ops.concat([ops.multiply(second, number([[[[-1.0]]]])), first], -1)
     turned = ops.add(ops.multiply(x, cosines), ops.multiply(crossed, sines))
-    return ops.reshape(turned, _number([-1, heads * size], np.int64), False)
-
-
-def _parameter(name: str, kind: Any, shape: Sequence[int]) -> Any:
-    found = Parameter(kind, ov.PartialShape(list(shape)))
-    found.set_friendly_name(name)
-    found.output(0).set_names({name})
-    return found
-
-
-def _number(value: Any, dtype: Any = np.float32) -> Any:
-    return Constant(np.array(value, dtype))
-
-
-def _output(value: Any) -> Any:
-    return value.output(0) if hasattr(value, "output") else value
+    return ops.reshape(turned, number([-1, heads * size], np.int64), False)
 
 
 def _width(value: Any) -> int:
-    return _output(value).get_partial_shape()[-1].get_length()
+    """How many numbers a token has there."""
+    output = value.output(0) if hasattr(value, "output") else value
+    return output.get_partial_shape()[-1].get_length()
