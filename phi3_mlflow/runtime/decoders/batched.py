@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InvalidRequest
 from . import exported
 from .base import CannotBatch, Part, context_within
 from .exported import Exported
-from .kv import KVCache, machine_memory, position_bytes
+from .kv import KVCache, held_by, position_bytes
 
 # Read by onnxruntime when it is first imported.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -67,7 +66,7 @@ class BatchedDecoder:
         self.eos = shape.eos
         self.context_length = context_within(context_length, shape.context_length)
         token_bytes = position_bytes(shape.layers, shape.heads, shape.head_size)
-        self.capacity = _capacity(kv_budget, token_bytes, self.context_length)
+        self.capacity = held_by(kv_budget, token_bytes, self.context_length, self.context_length)
         options = ort.SessionOptions()
         # A pattern would be kept for every length of the mask.
         options.enable_mem_pattern = False
@@ -244,25 +243,7 @@ def check_budget(folder: Path, context_length: int | None, budget: int) -> None:
     """
     shape = exported.read(folder)
     length = context_within(context_length, shape.context_length)
-    _capacity(budget, position_bytes(shape.layers, shape.heads, shape.head_size), length)
-
-
-def _capacity(budget: int | None, token_bytes: int, context_length: int) -> int:
-    """How many tokens the budget holds."""
-    if budget is None:
-        memory = machine_memory()
-        if memory is None:
-            raise InvalidRequest(
-                "kv_budget", "is not set, and this system does not tell how much memory it has; set it"
-            )
-        return max(memory // 4 // token_bytes, context_length)
-    if budget < context_length * token_bytes:
-        raise InvalidRequest(
-            "kv_budget",
-            f"is {budget} bytes, and one sequence of {context_length} tokens takes {context_length * token_bytes}; "
-            "raise it, or set a smaller context_length",
-        )
-    return budget // token_bytes
+    held_by(budget, position_bytes(shape.layers, shape.heads, shape.head_size), length, length)
 
 
 def _check_graph(session: Any, shape: Exported) -> int:

@@ -12,10 +12,9 @@ from tqdm.auto import tqdm
 
 from ..errors import InvalidRequest, WeightsError, shorten
 from . import exported, onnx_file
-from .base import Part
+from .base import CannotBatch, Part, context_within
 from .blocks import Blocks
-from .exported import CannotBatch
-from .kv import machine_memory
+from .kv import held_by
 from .openvino_attention import BLOCK, give_caches, ov, prove_attention
 from .openvino_graph import build
 
@@ -47,7 +46,8 @@ class OpenVinoDecoder:
 
     Raises:
         CannotBatch: the folder cannot be run this way; the message says why.
-        InvalidRequest: the budget does not hold one whole sequence.
+        InvalidRequest: the budget does not hold one whole sequence, or the context_length is more than the weights
+            have.
     """
 
     # As for the other decoders, so that prompts are computed in the same company.
@@ -69,13 +69,13 @@ class OpenVinoDecoder:
         shape = exported.read(folder)
         self.slots = slots
         self.eos = shape.eos
-        self.context_length = min(context_length or shape.context_length, shape.context_length)
+        self.context_length = context_within(context_length, shape.context_length)
         if kv_cache not in ("u8", "f32"):
             raise InvalidRequest("kv_cache", f"is {shorten(kv_cache)}; it must be u8 or f32")
         bytes_each = block_bytes(shape.layers, shape.heads, shape.head_size, kv_cache)
+        longest = -(-self.context_length // BLOCK)
         # More than all slots can hold is of no use.
-        most = slots * -(-self.context_length // BLOCK)
-        blocks = min(_blocks_of(kv_budget, bytes_each, self.context_length), most)
+        blocks = min(held_by(kv_budget, bytes_each, longest, self.context_length), slots * longest)
         self.capacity = blocks * BLOCK
         self._blocks = Blocks(blocks, slots, BLOCK)
         self._ids: list[list[int]] = [[] for _ in range(slots)]
@@ -84,6 +84,7 @@ class OpenVinoDecoder:
             desc="OpenVINO packs the weights",
             bar_format="{desc}: {elapsed}",
             delay=_PROGRESS_AFTER,
+            mininterval=1,
             miniters=0,
             leave=False,
             disable=quiet,
@@ -287,22 +288,8 @@ def check_budget(folder: Path, context_length: int | None, budget: int, kv_cache
         InvalidRequest: the budget does not hold one whole sequence.
     """
     shape = exported.read(folder)
-    length = min(context_length or shape.context_length, shape.context_length)
-    _blocks_of(budget, block_bytes(shape.layers, shape.heads, shape.head_size, kv_cache), length)
-
-
-def _blocks_of(budget: int | None, bytes_each: int, context_length: int) -> int:
-    """How many blocks the budget holds."""
-    least = -(-context_length // BLOCK)
-    if budget is None:
-        return max(machine_memory() // 4 // bytes_each, least)
-    if budget < least * bytes_each:
-        raise InvalidRequest(
-            "kv_budget",
-            f"is {budget} bytes, and one sequence of {context_length} tokens takes {least * bytes_each}; "
-            "raise it, or set a smaller context_length",
-        )
-    return budget // bytes_each
+    length = context_within(context_length, shape.context_length)
+    held_by(budget, block_bytes(shape.layers, shape.heads, shape.head_size, kv_cache), -(-length // BLOCK), length)
 
 
 def _properties(threads: int | None, kv_cache: KvCache) -> dict[str, Any]:

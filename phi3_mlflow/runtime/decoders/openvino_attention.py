@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .exported import CannotBatch
+from .base import CannotBatch
 
 # Where this package is installed, `import openvino` tells its maker: it writes below the home folder, starts a process
 # and connects. Where the package cannot be imported, openvino takes a stand-in that does nothing.

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .exported import CannotBatch, Exported
+from .base import CannotBatch
+from .exported import Exported
 from .onnx_file import Graph, Node
 from .onnx_lengths import Lengths
 from .openvino_attention import Constant, Heads, attend, cache_inputs, number, ops, ov, paging_inputs, parameter
