@@ -19,10 +19,14 @@ import numpy as np
 import pytest
 
 from phi3_mlflow.runtime import manifest
+from phi3_mlflow.runtime.chat import Request
 from phi3_mlflow.runtime.decoders.base import CannotBatch, Part
 from phi3_mlflow.runtime.decoders.batched import BatchedDecoder
 from phi3_mlflow.runtime.decoders.blocks import OutOfBlocks
 from phi3_mlflow.runtime.errors import InvalidRequest
+from phi3_mlflow.runtime.options import Options
+from phi3_mlflow.runtime.service import Service
+from phi3_mlflow.runtime.tokens import Tokens
 
 # Not importorskip: it would import openvino itself, which reports it.
 if importlib.util.find_spec("openvino") is None:
@@ -113,8 +117,6 @@ def test_the_fp32_export_gives_transformers_logits_also_behind_the_sliding_windo
 def test_greedy_answers_of_the_fp32_export_are_those_of_transformers(exact):
     torch = pytest.importorskip("torch")
     from transformers import Phi3ForCausalLM
-
-    from phi3_mlflow.runtime.tokens import Tokens
 
     model = Phi3ForCausalLM.from_pretrained(ROOT / "artifacts" / "transformers", dtype=torch.float32).eval()
     tokens = Tokens.from_folder(ONNX)
@@ -353,6 +355,25 @@ def configure(folder, **values):
     config["model"]["decoder"] |= values
     path.write_text(json.dumps(config), "utf-8")
     manifest.write(folder)
+
+
+def test_a_service_over_it_gives_each_request_the_answer_it_gets_alone():
+    decoder = OpenVinoDecoder(ONNX, slots=3, context_length=256, threads=1, kv_budget=12 * BLOCK_BYTES)
+    service = Service(Tokens.from_folder(ONNX), decoder)
+    countries = {"Spain": "Madrid", "France": "Paris", "Italy": "Rome", "Norway": "Oslo", "Japan": "Tokyo"}
+    questions = [f"What is the capital of {country}?" for country in countries]
+    system = {"role": "system", "content": "You are a helpful assistant. " * 4}
+    requests = [
+        Request((*before, {"role": "user", "content": question}), Options(max_tokens=12))
+        for question in questions
+        for before in ((), (system,))
+    ]
+    alone = [service.run(service.prepare(request)).wait().choices[0].text for request in requests]
+    for city, text in zip(countries.values(), alone[::2], strict=True):
+        assert city in text
+    rows = dict(service.run_table([service.prepare(request) for request in requests]))
+    assert [rows[place].choices[0].text for place in range(len(requests))] == alone
+    service.close()
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ _DTYPES = {
     10: np.float16,
     11: np.float64,
 }
+# In which field integers stand one by one (int32_data, int64_data), by the data type.
+_LISTS = {2: 5, 3: 5, 6: 5, 9: 5, 7: 7}
 _EXTERNAL = 1  # TensorProto.DataLocation
 
 _Bytes = memoryview
@@ -176,10 +178,12 @@ def _tensor(data: _Bytes, files: _Files) -> tuple[str, np.ndarray]:
         content = _message(fields, 9)
     elif kind == 1 and 4 in fields:
         return name, np.array(_floats(fields, 4), dtype).reshape(shape)
-    elif {kind: 5, 7: 7}[kind] in fields or 0 in shape:
-        return name, np.array(_numbers(fields, {kind: 5, 7: 7}[kind]), dtype).reshape(shape)
+    elif kind in _LISTS and (_LISTS[kind] in fields or 0 in shape):
+        return name, np.array(_numbers(fields, _LISTS[kind]), dtype).reshape(shape)
     else:
-        raise WeightsError(f"{files.graph} has the tensor {name} without its numbers")
+        raise WeightsError(
+            f"{files.graph} has the tensor {name} without its numbers, or with them in a way unknown here"
+        )
     return name, np.frombuffer(content, dtype).reshape(shape)
 
 
