@@ -1,12 +1,12 @@
 """The decoders for several rows against each other, and against OpenVINO GenAI where it is installed: in alternation.
 
-    python benchmarks/full_size.py && python benchmarks/decoders.py              two cores with VNNI: about 5 minutes
-    python benchmarks/decoders.py --long 1500                                    about 10 minutes more
-    python benchmarks/decoders.py --folder artifacts/onnx --rounds 1             a quick look at the embedded model
+    python benchmarks/full_size.py && python benchmarks/decoders.py
+    python benchmarks/decoders.py --long 1500                          rows behind a long context, and memory, too
+    python benchmarks/decoders.py --folder artifacts/onnx --rounds 1   a quick look at the embedded model
 
 Prints tables below the name of the machine: tokens per second of reading a prompt in chunks, of decoding some rows
 together, and memory. No scheduler, no sampling and no text. Nothing else should run meanwhile. openvino_genai_peer.py
-says how the peer is installed; it keeps no fp32 keys and values either, and takes f32 for the rest as the decoder does.
+says how the peer is installed.
 """
 
 import argparse

@@ -117,13 +117,16 @@ class OpenVinoGenai:
         file: a GGUF.
         threads: its own choice where left out.
         batch: the most tokens of a step.
+        prefix_caching: whether prompts that begin alike share what was computed.
     """
 
-    def __init__(self, file: Path = FILE, threads: int | None = None, batch: int = 256):
+    def __init__(
+        self, file: Path = FILE, threads: int | None = None, batch: int = 256, *, prefix_caching: bool = False
+    ):
         config = openvino_genai.SchedulerConfig()
         config.cache_size = 4  # GB
         config.max_num_batched_tokens = batch
-        config.enable_prefix_caching = False
+        config.enable_prefix_caching = prefix_caching
         # bf16, its default where the CPU has it, is slower in short steps; the decoders here take f32 too.
         properties: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
         if threads:
@@ -133,14 +136,34 @@ class OpenVinoGenai:
         self._requests = 0
         self.rate(1, 4, 2)  # compiles
 
+    def add(self, prompt: list[int], tokens: int) -> Any:
+        """Begins a greedy answer of so many tokens; what `tokens` takes."""
+        config = openvino_genai.GenerationConfig()
+        config.max_new_tokens = tokens
+        config.ignore_eos = True
+        config.do_sample = False
+        self._requests += 1
+        return self._pipeline.add_request(self._requests, ov.Tensor(np.array([prompt], np.int64)), config)
+
+    def step(self) -> None:
+        """Computes one step of all answers that are under way."""
+        self._pipeline.step()
+
+    def tokens(self, handle: Any) -> int:
+        """How many tokens an answer got since it was asked last."""
+        if not handle.can_read():
+            return 0
+        return sum(len(output.generated_ids) for output in handle.read().values())
+
     def prefill_rate(self, prompt: int) -> float:
         """Tokens per second of one prompt, until its first token is there."""
         start = time.perf_counter()
-        handle = self._add(prompt, 1)
+        handle = self.add(self._ids(prompt), 1)
         while not handle.can_read():
-            self._pipeline.step()
+            self.step()
         rate = prompt / (time.perf_counter() - start)
-        self._drain()
+        while self._pipeline.has_non_finished_requests():
+            self.step()
         return rate
 
     def rate(self, sequences: int, prompt: int, tokens: int) -> float:
@@ -151,31 +174,17 @@ class OpenVinoGenai:
             prompt: random tokens in each, prefilled before the time is taken.
             tokens: that each decodes, at least 2.
         """
-        handles = [self._add(prompt, tokens) for _ in range(sequences)]
-        counts = [0] * sequences
+        handles = [self.add(self._ids(prompt), tokens) for _ in range(sequences)]
         ends: list[float] = []
         while self._pipeline.has_non_finished_requests():
-            self._pipeline.step()
-            read = [handle.can_read() for handle in handles]
-            for index, handle in enumerate(handles):
-                if read[index]:
-                    counts[index] += sum(len(output.generated_ids) for output in handle.read().values())
-            if all(read):
+            self.step()
+            counts = [self.tokens(handle) for handle in handles]
+            if all(counts):
                 ends.append(time.perf_counter())
         return sequences * (len(ends) - 1) / (ends[-1] - ends[0])
 
-    def _add(self, prompt: int, tokens: int) -> Any:
-        config = openvino_genai.GenerationConfig()
-        config.max_new_tokens = tokens
-        config.ignore_eos = True
-        config.do_sample = False
-        ids = self._random.integers(100, 1000, (1, prompt))
-        self._requests += 1
-        return self._pipeline.add_request(self._requests, ov.Tensor(ids.astype(np.int64)), config)
-
-    def _drain(self) -> None:
-        while self._pipeline.has_non_finished_requests():
-            self._pipeline.step()
+    def _ids(self, count: int) -> list[int]:
+        return self._random.integers(100, 1000, count).tolist()
 
 
 def main() -> None:
