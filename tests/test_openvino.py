@@ -485,7 +485,7 @@ def test_weights_outside_the_folder_are_not_read(folder):
                 entry.value = "../onnx/model.onnx.data"
 
     change(folder, edit)
-    with pytest.raises(CannotBatch, match="which is not beside it"):
+    with pytest.raises(CannotBatch, match="which is not a file beside it"):
         OpenVinoDecoder(folder, slots=1)
 
 

@@ -1,19 +1,20 @@
 """An ONNX file as plain data: nodes with their attributes, and tensors that stay where they are in the mapped files.
 
 Knows the encoding (https://protobuf.dev/programming-guides/encoding, and onnx.proto of https://github.com/onnx/onnx)
-and no operator. The package onnx is not needed where a logged model is loaded.
+and no operator. What the file may hold at all is checked before, see `trust`.
 """
 
 import mmap
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import WeightsError, shorten
+from ..errors import WeightsError
+from ..trust.files import beside
 
 # TensorProto.DataType; 16-bit floats and what is smaller than a byte are not read.
 _DTYPES = {
@@ -108,10 +109,8 @@ class _Files:
 
     def part(self, tensor: str, entries: Mapping[str, str]) -> _Bytes:
         location = entries["location"]
-        if PurePosixPath(location).name != location or "\\" in location or location in (".", ".."):
-            raise WeightsError(f"{self.graph} has the tensor {tensor} in {shorten(location)}, which is not beside it")
         if location not in self._maps:
-            self._maps[location] = _map(self.graph.parent / location)
+            self._maps[location] = _map(beside(self.graph, location))
         start = int(entries.get("offset", 0))
         end = start + int(entries["length"])
         if not 0 <= start <= end <= len(self._maps[location]):
