@@ -11,6 +11,7 @@ says how the peer is installed.
 
 import argparse
 import gc
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -109,33 +110,44 @@ def _memory() -> float:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")) / 2**20
 
 
-def measure(asked: argparse.Namespace) -> dict[tuple[str, str], list[float]]:
+class Found(defaultdict[tuple[str, str], list[float]]):
+    """Rates by engine and row of the table, one for each round; each is shown as it comes."""
+
+    def __init__(self) -> None:
+        super().__init__(list)
+
+    def add(self, name: str, row: str, value: float) -> None:
+        """Notes one more."""
+        self[name, row].append(value)
+        print(f"{name}, {row}: {value:.2f}", file=sys.stderr, flush=True)
+
+
+def measure(asked: argparse.Namespace) -> Found:
     """All rates by engine and row of the table, one for each round."""
-    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    found = Found()
     longest = max(asked.context, asked.long) + 2 * asked.steps + max(CHUNKS)
     engines = {name: Rows(name, asked.folder, longest, asked.threads) for name in ("onnxruntime", "openvino")}
     for name, rows in engines.items():
-        found[name, "loading, s"].append(rows.loading)
-        found[name, "memory when loaded, GiB"].append(rows.loaded)
+        found.add(name, "loading, s", rows.loading)
+        found.add(name, "memory when loaded, GiB", rows.loaded)
     peer = None
     if asked.folder == full_size.FOLDER and asked.peer and openvino_genai_peer.available():
         if not openvino_genai_peer.FILE.exists():
             openvino_genai_peer.make()
         peer = openvino_genai_peer.OpenVinoGenai(threads=asked.threads)
-    for index in range(asked.rounds):
-        print(f"round {index + 1} of {asked.rounds}", flush=True)
+    for _ in range(asked.rounds):
         for name, rows in engines.items():
             for chunk in CHUNKS:
-                found[name, f"read, chunks of {chunk}"].append(rows.read(SLOTS - 1, asked.context, chunk))
+                found.add(name, f"read, chunks of {chunk}", rows.read(SLOTS - 1, asked.context, chunk))
             rows.fill(asked.context, shared=False)
             for count in CONCURRENCIES:
                 row = f"decode at {asked.context}, rows: {count}"
-                found[name, row].append(rows.decode(count, asked.context, asked.steps))
+                found.add(name, row, rows.decode(count, asked.context, asked.steps))
         if peer is not None:
-            found["OpenVINO GenAI", "read, chunks of 64"].append(peer.prefill_rate(asked.context))
+            found.add("OpenVINO GenAI", "read, chunks of 64", peer.prefill_rate(asked.context))
             for count in CONCURRENCIES:
                 row = f"decode at {asked.context}, rows: {count}"
-                found["OpenVINO GenAI", row].append(peer.rate(count, asked.context, asked.steps + 1))
+                found.add("OpenVINO GenAI", row, peer.rate(count, asked.context, asked.steps + 1))
     if asked.long:
         _measure_long(engines, asked, found)
     for rows in engines.values():
@@ -143,22 +155,19 @@ def measure(asked: argparse.Namespace) -> dict[tuple[str, str], list[float]]:
     return found
 
 
-def _measure_long(
-    engines: Mapping[str, Rows], asked: argparse.Namespace, found: dict[tuple[str, str], list[float]]
-) -> None:
+def _measure_long(engines: Mapping[str, Rows], asked: argparse.Namespace, found: Found) -> None:
     """Rows behind a long context, each with its own, and where the decoder may keep it once."""
     for shared in (True, False):
         for name, rows in engines.items():
             before = _memory()
             rows.fill(asked.long, shared=shared)
             if not shared:
-                found[name, f"memory of {SLOTS} sequences of {asked.long}, GiB"].append(_memory() - before)
-        for index in range(asked.rounds):
-            print(f"long round {index + 1} of {asked.rounds}", flush=True)
+                found.add(name, f"memory of {SLOTS} sequences of {asked.long}, GiB", _memory() - before)
+        for _ in range(asked.rounds):
             for name, rows in engines.items():
                 for count in CONCURRENCIES:
                     row = f"decode at {asked.long}{', shared' if shared else ''}, rows: {count}"
-                    found[name, row].append(rows.decode(count, asked.long, asked.steps))
+                    found.add(name, row, rows.decode(count, asked.long, asked.steps))
         for rows in engines.values():
             for slot in range(SLOTS):
                 rows.decoder.rewind(slot, 0)
