@@ -286,6 +286,12 @@ def test_blocks_take_the_memory_that_is_counted_for_them(kv_cache, most):
     decoder.close()
 
 
+def test_a_machine_that_keeps_keys_and_values_in_another_way_is_refused_for_the_sake_of_the_budget(monkeypatch):
+    monkeypatch.setattr(openvino, "block_bytes", lambda *sizes: BLOCK_BYTES - 1)
+    with pytest.raises(CannotBatch, match=r"takes 61440 bytes for a block .* and 61439 are reckoned with"):
+        OpenVinoDecoder(ONNX, slots=1, context_length=64, threads=1)
+
+
 def test_where_a_step_fails_the_sequences_are_what_they_were():
     decoder = OpenVinoDecoder(ONNX, slots=3, context_length=128, threads=1, kv_budget=5 * BLOCK_BYTES)
     prompts = [ids(70, 0), ids(40, 1)]

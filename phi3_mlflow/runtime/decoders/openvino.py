@@ -73,6 +73,7 @@ class OpenVinoDecoder:
         if kv_cache not in ("u8", "f32"):
             raise InvalidRequest("kv_cache", f"is {shorten(kv_cache)}; it must be u8 or f32")
         bytes_each = block_bytes(shape.layers, shape.heads, shape.head_size, kv_cache)
+        # The longest sequence that there can be, in blocks.
         longest = -(-self.context_length // BLOCK)
         # More than all slots can hold is of no use.
         blocks = min(held_by(kv_budget, bytes_each, longest, self.context_length), slots * longest)
@@ -92,6 +93,11 @@ class OpenVinoDecoder:
         with bar:
             try:
                 self._load(folder / shape.filename, shape, _properties(threads, kv_cache))
+                if (held := sum(cache.byte_size for cache in self._caches)) != blocks * bytes_each:
+                    raise CannotBatch(
+                        f"OpenVINO takes {held // blocks} bytes for a block of keys and values on this processor, and "
+                        f"{bytes_each} are reckoned with"
+                    )
                 # OpenVINO lays the weights out anew in its first inference: it belongs to loading.
                 self._infer({0: Part([5, 6], 1)}, bar)
                 self.rewind(0, 0)
