@@ -605,6 +605,7 @@ def test_a_graph_that_mixes_rows_or_positions_up_is_found_out(monkeypatch, kind)
 
 def test_loading_shows_a_bar_where_it_takes_long_and_not_where_it_is_to_be_quiet(monkeypatch, capsys):
     monkeypatch.setattr(openvino, "_PROGRESS_AFTER", 1e-9)
+    monkeypatch.setattr(openvino, "_PROGRESS_EVERY", 0)
     monkeypatch.setattr(openvino, "_POLL", 0)
     OpenVinoDecoder(ONNX, slots=1, context_length=64, quiet=True).close()
     assert capsys.readouterr().err == ""

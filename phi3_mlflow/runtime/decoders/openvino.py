@@ -23,7 +23,7 @@ KvCache = Literal["u8", "f32"]
 # Rows that are computed in other company may differ by rounding: by a hundred-thousandth of the logits' spread where
 # it was measured. A graph that mixes rows or positions up is off by the whole spread. Both as shares of the spread.
 _TOLERANCE = 0.1
-_PROGRESS_AFTER = 2.0  # seconds
+_PROGRESS_AFTER, _PROGRESS_EVERY = 2.0, 1.0  # seconds
 _POLL = 500  # milliseconds between two looks of the bar
 
 
@@ -85,7 +85,7 @@ class OpenVinoDecoder:
             desc="OpenVINO packs the weights",
             bar_format="{desc}: {elapsed}",
             delay=_PROGRESS_AFTER,
-            mininterval=1,
+            mininterval=_PROGRESS_EVERY,
             miniters=0,
             leave=False,
             disable=quiet,
