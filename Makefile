@@ -2,13 +2,13 @@
 # make setup  the environment with all extras, in .venv
 # make test   the tests
 # make lint   ruff and mypy
-# make bench  the engine against a bare loop, at full size with random weights (about 15 minutes, on a quiet machine)
+# make bench  the engine against a bare loop, at full size with random weights (about 20 minutes, on a quiet machine)
 # make soak   30 minutes of random requests
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-EXTRAS := azure,dev,notebooks,quantize,serve,spark,transformers,ui
+EXTRAS := azure,dev,notebooks,openvino,quantize,serve,spark,transformers,ui
 
 .PHONY: demo setup test lint bench soak clean chromium
 
@@ -29,6 +29,7 @@ lint: .venv/.all
 bench: .venv/.all
 	$(BIN)/python benchmarks/full_size.py
 	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/decoders.py
 	$(BIN)/python benchmarks/prefix.py
 	$(BIN)/python benchmarks/identity.py
 	$(BIN)/python benchmarks/ping.py

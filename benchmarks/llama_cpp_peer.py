@@ -22,11 +22,14 @@ from phi3_mlflow import machine
 
 try:
     import gguf
+except ModuleNotFoundError:
+    gguf = None
+try:
     import llama_cpp
 except ModuleNotFoundError as error:
-    if error.name not in ("gguf", "llama_cpp"):
+    if error.name != "llama_cpp":
         raise
-    gguf = llama_cpp = None
+    llama_cpp = None
 
 FILE = ROOT / ".bench" / "full-size-q4_0.gguf"
 CONCURRENCIES = (1, 2, 4, 8)
@@ -39,7 +42,7 @@ _Q6_K = np.dtype([("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), ("d
 
 def available() -> bool:
     """Whether llama-cpp-python and gguf are installed."""
-    return llama_cpp is not None
+    return llama_cpp is not None and gguf is not None
 
 
 def make(file: Path = FILE, shape: Shape | None = None, seed: int = 0) -> Path:
@@ -82,7 +85,7 @@ def make(file: Path = FILE, shape: Shape | None = None, seed: int = 0) -> Path:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for _, size, kind in _tensors(shape):
-        writer.write_tensor_data(_weight(size, kind, random))
+        writer.write_tensor_data(weight(size, kind, random))
     writer.close()
     return unfinished.rename(file)
 
@@ -103,7 +106,7 @@ def _tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...], "gguf.GGMLQua
     yield "output.weight", (shape.vocabulary, hidden), kinds.Q6_K
 
 
-def _weight(size: tuple[int, ...], kind: "gguf.GGMLQuantizationType", random: np.random.Generator) -> np.ndarray:
+def weight(size: tuple[int, ...], kind: "gguf.GGMLQuantizationType", random: np.random.Generator) -> np.ndarray:
     """Norms of one; the others spread by about 0.02, like untrained ones and like full_size.py's."""
     if kind == gguf.GGMLQuantizationType.F32:
         return np.ones(size, np.float32)

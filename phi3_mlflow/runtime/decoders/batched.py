@@ -4,18 +4,17 @@ Runs the folder that onnxruntime-genai runs. Its graph takes rows of different l
 same memory and the attention mask's row sums are the lengths.
 """
 
-import json
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import InvalidRequest
+from . import exported
 from .base import CannotBatch, Part, context_within
-from .kv import KVCache, machine_memory, position_bytes
+from .exported import Exported
+from .kv import KVCache, held_by, position_bytes
 
 # Read by onnxruntime when it is first imported.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -26,23 +25,6 @@ _MAX_BINDINGS = 64
 # Rows that decode together differ from rows alone by rounding: by less than a hundredth of the logits' spread, where
 # it was measured. A graph that mixes rows or positions up is off by the whole spread. Both as shares of the spread.
 _TOLERANCE = 0.1
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """What genai_config.json says of the graph."""
-
-    filename: str
-    layers: int
-    heads: int
-    head_size: int
-    context_length: int
-    eos: frozenset[int]
-    input_ids: str
-    attention_mask: str
-    past: tuple[str, ...]  # key and value of layer 0, of layer 1 and so on; `present` alike
-    present: tuple[str, ...]
-    logits: str
 
 
 class BatchedDecoder:
@@ -80,11 +62,11 @@ class BatchedDecoder:
         kv_budget: int | None = None,
     ):
         self.slots = slots
-        shape = _read_config(folder)
+        shape = exported.read(folder)
         self.eos = shape.eos
         self.context_length = context_within(context_length, shape.context_length)
         token_bytes = position_bytes(shape.layers, shape.heads, shape.head_size)
-        self.capacity = _capacity(kv_budget, token_bytes, self.context_length)
+        self.capacity = held_by(kv_budget, token_bytes, self.context_length, self.context_length)
         options = ort.SessionOptions()
         # A pattern would be kept for every length of the mask.
         options.enable_mem_pattern = False
@@ -259,72 +241,12 @@ def check_budget(folder: Path, context_length: int | None, budget: int) -> None:
         CannotBatch: the folder's configuration does not allow batching.
         InvalidRequest: the budget does not hold one whole sequence.
     """
-    shape = _read_config(folder)
+    shape = exported.read(folder)
     length = context_within(context_length, shape.context_length)
-    _capacity(budget, position_bytes(shape.layers, shape.heads, shape.head_size), length)
+    held_by(budget, position_bytes(shape.layers, shape.heads, shape.head_size), length, length)
 
 
-def _capacity(budget: int | None, token_bytes: int, context_length: int) -> int:
-    """How many tokens the budget holds."""
-    if budget is None:
-        memory = machine_memory()
-        if memory is None:
-            raise InvalidRequest(
-                "kv_budget", "is not set, and this system does not tell how much memory it has; set it"
-            )
-        return max(memory // 4 // token_bytes, context_length)
-    if budget < context_length * token_bytes:
-        raise InvalidRequest(
-            "kv_budget",
-            f"is {budget} bytes, and one sequence of {context_length} tokens takes {context_length * token_bytes}; "
-            "raise it, or set a smaller context_length",
-        )
-    return budget // token_bytes
-
-
-def _read_config(folder: Path) -> _Shape:
-    path = folder / "genai_config.json"
-    try:
-        model = json.loads(path.read_text("utf-8"))["model"]
-        decoder = model["decoder"]
-        inputs, outputs = dict(decoder["inputs"]), dict(decoder["outputs"])
-        layers = range(decoder["num_hidden_layers"])
-
-        def pairs(names: dict[str, str], kind: str) -> tuple[str, ...]:
-            patterns = [names.pop(f"{kind}_key_names"), names.pop(f"{kind}_value_names")]
-            return tuple(pattern % layer for layer in layers for pattern in patterns)
-
-        eos = model["eos_token_id"]
-        shape = _Shape(
-            filename=decoder["filename"],
-            layers=len(layers),
-            heads=decoder["num_key_value_heads"],
-            head_size=decoder["head_size"],
-            context_length=model["context_length"],
-            eos=frozenset(eos if isinstance(eos, list) else [eos]),
-            input_ids=inputs.pop("input_ids"),
-            attention_mask=inputs.pop("attention_mask"),
-            past=pairs(inputs, "past"),
-            present=pairs(outputs, "present"),
-            logits=outputs.pop("logits"),
-        )
-        options = dict(decoder.get("session_options", {}))
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise CannotBatch(f"{path} is not as expected: {error!r}") from error
-    providers = [name for entry in options.pop("provider_options", []) for name in entry]
-    options.pop("log_id", None)
-    if providers:
-        raise CannotBatch(f"{path} asks for {', '.join(providers)}; batching runs on the CPU")
-    for what, rest in (("the session options", options), ("the inputs", inputs), ("the outputs", outputs)):
-        if rest:
-            raise CannotBatch(f"{path} names {what} {', '.join(rest)}, which batching does not know")
-    for section in ("sliding_window", "pipeline"):
-        if decoder.get(section):
-            raise CannotBatch(f"{path} has a section `{section}`, which batching does not know")
-    return shape
-
-
-def _check_graph(session: Any, shape: _Shape) -> int:
+def _check_graph(session: Any, shape: Exported) -> int:
     """The logits' last dimension, where the graph has the inputs and outputs that genai_config.json names."""
     expected = {shape.input_ids: "tensor(int64)", shape.attention_mask: "tensor(int64)"}
     expected |= dict.fromkeys(shape.past, "tensor(float)")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import InvalidRequest
+
 # Anonymous memory that the system is not asked to set aside; Python 3.11 does not name the flag.
 _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0
 _GIVE_BACK = getattr(mmap, "MADV_DONTNEED" if sys.platform == "linux" else "MADV_FREE", None)
@@ -115,3 +117,31 @@ def machine_memory() -> int | None:
         if text.isdigit():
             memory = min(memory, int(text))
     return memory
+
+
+def held_by(budget: int | None, bytes_each: int, least: int, context_length: int) -> int:
+    """How many positions, or blocks of them, a budget holds.
+
+    Args:
+        budget: bytes, the setting `kv_budget`; None for a quarter of the machine's memory, or what `least` takes.
+        bytes_each: of a position, or of a block.
+        least: how many one whole sequence takes.
+        context_length: tokens of that sequence, for the message.
+
+    Raises:
+        InvalidRequest: it does not hold one whole sequence, or it is not set and the machine's memory is not known.
+    """
+    if budget is None:
+        memory = machine_memory()
+        if memory is None:
+            raise InvalidRequest(
+                "kv_budget", "is not set, and this system does not tell how much memory it has; set it"
+            )
+        return max(memory // 4 // bytes_each, least)
+    if budget < least * bytes_each:
+        raise InvalidRequest(
+            "kv_budget",
+            f"is {budget} bytes, and one sequence of {context_length} tokens takes {least * bytes_each}; "
+            "raise it, or set a smaller context_length",
+        )
+    return budget // bytes_each
