@@ -296,3 +296,52 @@ def test_a_generator_that_raised_is_made_anew(monkeypatch):
     decoder.rewind(0, 0)
     np.testing.assert_array_equal(decoder.step({0: Part(prompt, 1)})[0], expected)
     decoder.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "vnni", "installed", "expected"),
+    [
+        ({}, True, True, "genai"),
+        ({"parallel": 1}, True, True, "genai"),
+        ({"parallel": 2}, True, True, "openvino"),
+        ({"parallel": 2}, False, True, "onnxruntime"),
+        ({"parallel": 2}, True, False, "onnxruntime"),
+        ({"engine": "auto", "parallel": 4}, True, True, "openvino"),
+        ({"engine": "openvino"}, False, True, "openvino"),
+        ({"engine": "onnxruntime", "parallel": 4}, True, True, "onnxruntime"),
+        ({"engine": "genai"}, True, True, "genai"),
+    ],
+)
+def test_the_engine_is_the_fastest_that_is_installed_unless_one_is_named(
+    monkeypatch, settings, vnni, installed, expected
+):
+    monkeypatch.setattr(loading, "has_vnni", lambda: vnni)
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: object() if installed else None)
+    assert loading.engine_of(settings) == expected
+
+
+def test_an_engine_that_is_not_there_or_cannot_do_what_is_asked_is_refused(monkeypatch):
+    with pytest.raises(InvalidRequest, match="`engine` is 'genai', which answers one request at a time"):
+        loading.load(ONNX, engine="genai", parallel=2)
+    with pytest.raises(InvalidRequest, match="`engine` is 'fast'; it must be 'auto' or"):
+        loading.load(ONNX, engine="fast")
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InvalidRequest, match=r"not installed; install phi3-mlflow\[openvino\]"):
+        loading.load(ONNX, engine="openvino")
+
+
+def test_a_folder_that_openvino_cannot_run_is_run_by_onnxruntime_with_the_reason(tmp_path, caplog, monkeypatch):
+    from phi3_mlflow.runtime.decoders import openvino
+    from phi3_mlflow.runtime.decoders.base import CannotBatch
+
+    def refuse(*arguments, **values):
+        raise CannotBatch("the graph has an operator Unheard")
+
+    monkeypatch.setattr(openvino, "OpenVinoDecoder", refuse)
+    service = loading.load(ONNX, engine="openvino", parallel=2, threads=1)
+    try:
+        question = {"messages": [{"role": "user", "content": "What is the capital of Spain?"}]}
+        assert service.start(question).wait().choices[0].text == "The capital of Spain is Madrid."
+    finally:
+        service.close()
+    assert "OpenVINO cannot run this folder, onnxruntime does: the graph has an operator Unheard" in caplog.text

@@ -13,9 +13,11 @@ from mlflow.models.model import ModelInfo
 from phi3_mlflow import runtime
 from phi3_mlflow.runtime import manifest
 from phi3_mlflow.runtime.chat import Task
+from phi3_mlflow.runtime.decoders.base import context_within
 from phi3_mlflow.runtime.settings import SETTINGS, check_batching
 from phi3_mlflow.runtime.signatures import input_example, signature
 from phi3_mlflow.runtime.tokens import Tokens
+from phi3_mlflow.runtime.trust import genai_config
 from phi3_mlflow.weights import Weights, find, onnx_files
 
 from . import common
@@ -169,9 +171,9 @@ def plan(
     Raises:
         WeightsError, InvalidRequest, BuildError: as for save_model.
     """
-    task, needed = common.for_target(
-        target, task, common.requirements("onnxruntime", "onnxruntime-genai"), extra_pip_requirements
-    )
+    openvino = ("openvino",) if (model_config or {}).get("engine") == "openvino" else ()
+    packages = common.requirements("onnxruntime", "onnxruntime-genai", *openvino)
+    task, needed = common.for_target(target, task, packages, extra_pip_requirements)
     own = common.own_metadata(metadata)
     common.check_config(task, template, model_config)
     check_batching(model_config or {})
@@ -179,6 +181,7 @@ def plan(
     config = common.full_config(task, source.name, model_config, template)
 
     def prepare(found: Weights) -> Write:
+        context_within(config["context_length"], genai_config.read(found.folder)["model"]["context_length"])
         if config["kv_budget"] is not None:
             from phi3_mlflow.runtime.decoders.batched import CannotBatch, check_budget
 

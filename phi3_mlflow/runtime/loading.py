@@ -1,6 +1,8 @@
 """A folder of weights -> a service. Knows decoders and settings; nothing of MLflow's calls."""
 
+import importlib.util
 import logging
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from . import FORMAT, manifest, trust
 from .chat import TASKS
 from .decoders.base import CannotBatch, Decoder
+from .decoders.processor import has_vnni
+from .errors import InvalidRequest
 from .service import Service
 from .settings import check_batching, check_config, default_options, refuse_batching, settings_of
 from .tokens import Tokens
@@ -103,20 +107,51 @@ def _arguments(settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[s
 
 
 def onnx_decoder(folder: Path, settings: Mapping[str, Any]) -> Decoder:
-    """The decoder that the settings ask for, or onnxruntime-genai's with the reason in the log.
+    """The decoder that the settings ask for; where it cannot run the folder, the next best with the reason in the log.
 
     Raises:
         WeightsError: the folder cannot be loaded.
-        InvalidRequest: a setting does not fit the weights.
+        InvalidRequest: a setting does not fit the weights, or what it needs is not installed.
     """
-    shared = {"context_length": settings.get("context_length"), "threads": settings.get("threads")}
-    if settings.get("parallel", 1) > 1:
+    shared: dict[str, Any] = {name: settings.get(name) for name in ("context_length", "threads")}
+    several = {"slots": settings.get("parallel", 1), "kv_budget": settings.get("kv_budget"), **shared}
+    engine = engine_of(settings)
+    if engine == "openvino":
+        from .decoders.openvino import OpenVinoDecoder
+
+        try:
+            return OpenVinoDecoder(folder, quiet=not sys.stderr.isatty(), **several)
+        except CannotBatch as error:
+            _logger.warning("OpenVINO cannot run this folder, onnxruntime does: %s", error)
+        engine = "onnxruntime" if several["slots"] > 1 else "genai"
+    if engine == "onnxruntime":
         from .decoders.batched import BatchedDecoder
 
         try:
-            return BatchedDecoder(folder, slots=settings["parallel"], kv_budget=settings.get("kv_budget"), **shared)
+            return BatchedDecoder(folder, **several)
         except CannotBatch as error:
             _logger.warning("`parallel` has no effect, requests are answered one by one: %s", error)
     from .decoders.genai import GenaiDecoder
 
     return GenaiDecoder(folder, **shared)
+
+
+def engine_of(settings: Mapping[str, Any]) -> str:
+    """What the setting `engine` comes to on this machine: genai, onnxruntime or openvino.
+
+    `auto` is onnxruntime-genai for one request at a time. For several it is OpenVINO where that is installed and the
+    processor has VNNI, without which it is slower than onnxruntime (benchmarks/decoders.py).
+
+    Raises:
+        InvalidRequest: it is openvino, which is not installed.
+    """
+    engine: str = settings.get("engine") or "auto"
+    installed = importlib.util.find_spec("openvino") is not None
+    if engine == "openvino" and not installed:
+        problem = "is 'openvino', and that package is not installed; install phi3-mlflow[openvino], or leave it out"
+        raise InvalidRequest("engine", problem)
+    if engine != "auto":
+        return engine
+    if settings.get("parallel", 1) == 1:
+        return "genai"
+    return "openvino" if installed and has_vnni() else "onnxruntime"

@@ -13,6 +13,7 @@ SETTINGS: dict[str, Range | Bytes | OneOf | Flag] = {
     "context_length": Range("integer", 16),
     "threads": Range("integer", 1, 1024),
     "parallel": Range("integer", 1, 64),
+    "engine": OneOf(("auto", "genai", "onnxruntime", "openvino")),
     "kv_budget": Bytes(),
     "queue_limit": Range("integer", 1),
     "queue_timeout": Range("number", 0, above=True),
@@ -91,6 +92,9 @@ def check_batching(config: Mapping[str, Any]) -> None:
     """
     if config.get("kv_budget") is not None and config.get("parallel") in (None, 1):
         raise InvalidRequest("kv_budget", "is given, and it needs `parallel` above 1; set that too, or leave it out")
+    if config.get("engine") == "genai" and config.get("parallel") not in (None, 1):
+        problem = f"is 'genai', which answers one request at a time, and `parallel` is {config['parallel']}"
+        raise InvalidRequest("engine", f"{problem}; leave one of them out")
 
 
 def refuse_batching(config: Mapping[str, Any]) -> None:
@@ -99,7 +103,7 @@ def refuse_batching(config: Mapping[str, Any]) -> None:
     Raises:
         InvalidRequest: it does.
     """
-    for name in ("parallel", "kv_budget"):
-        if config.get(name) not in (None, 1):
+    for name in ("parallel", "kv_budget", "engine"):
+        if config.get(name) not in (None, 1, "auto"):
             problem = f"is {shorten(config[name])}, and a transformers model answers one request at a time"
             raise InvalidRequest(name, f"{problem}; leave it out, or use the ONNX builder")

@@ -32,13 +32,11 @@ class Span:
             span_type=SpanType.CHAT_MODEL,
             parent_span=parent,
             inputs=inputs,
-            attributes={
-                "mlflow.llm.model": name,
-                "mlflow.llm.provider": "phi3_mlflow",
-                # Without it MLflow looks for the price of a model of that name, in the network.
-                "mlflow.llm.cost": dict.fromkeys(("input_cost", "output_cost", "total_cost"), 0.0),
-            },
+            attributes={"mlflow.llm.model": name, "mlflow.llm.provider": "phi3_mlflow"},
         )
+        # Without it MLflow looks for the price of a model of that name, in the network.
+        cost = dict.fromkeys(("input_cost", "output_cost", "total_cost"), 0.0)
+        self._span.set_attribute("mlflow.llm.cost", cost)
         if model_id is not None:
             mlflow.update_current_trace(model_id=model_id)
 

@@ -17,6 +17,7 @@ from phi3_mlflow.runtime.errors import Phi3Error
 from phi3_mlflow.runtime.hosting import RequestExecutor
 
 from .app import Server
+from .errors import HttpError
 
 _logger = logging.getLogger(__name__)
 
@@ -130,7 +131,12 @@ async def serve(server: Server, process: Process, listening: socket.socket) -> N
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, told)
     try:
-        await server.models.start(process.preload)
+        try:
+            await server.models.start(process.preload)
+        except HttpError:
+            if server.draining:  # told to end while models were loaded
+                return
+            raise
         await uvicorn_server.serve(sockets=[listening])
     finally:
         await server.models.close(0.0)
