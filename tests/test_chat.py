@@ -7,7 +7,7 @@ import openai.types.chat
 import pytest
 
 from phi3_mlflow.runtime.answers import Answer, Choice, Piece, TokenLogprob
-from phi3_mlflow.runtime.chat import chunk, completion, last_chunk, parse_chat, parse_completion, parse_flat
+from phi3_mlflow.runtime.chat import chunks, completion, parse_chat, parse_completion, parse_flat
 from phi3_mlflow.runtime.errors import InvalidRequest
 from phi3_mlflow.runtime.options import Options
 
@@ -111,6 +111,9 @@ def test_a_completion_request_has_a_prompt_with_or_without_template():
     body = {"prompt": "Once", "max_tokens": 5}
     raw = parse_completion(body, Options(), template=False)
     assert (raw.prompt, raw.options, raw.field) == ("Once", Options(max_tokens=5), "prompt")
+    assert parse_completion({"prompt": [1, 2]}, Options(), template=False).prompt == [1, 2]
+    with pytest.raises(InvalidRequest, match="`prompt` is"):
+        parse_completion({"prompt": [1, 2]}, Options(), template=True)
     chat = parse_completion(body, Options(), template=True)
     assert (chat.prompt, chat.field) == (({"role": "user", "content": "Once"},), "prompt")
 
@@ -123,7 +126,9 @@ def test_a_completion_request_has_a_prompt_with_or_without_template():
         ({"prompt": None}, "prompt"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": ["a", "b"]}, "prompt"),
-        ({"prompt": [1, 2]}, "prompt"),
+        ({"prompt": [1, -2]}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [True]}, "prompt"),
         ({"prompt": "a\x00"}, "prompt"),
         ({"prompt": "a", "messages": [USER]}, "messages"),
         ({"prompt": "a", "stream": True}, "stream"),
@@ -218,17 +223,17 @@ def test_answers_have_ids_of_their_own():
 
 
 def test_chunks_open_with_the_role_and_the_last_one_carries_the_usage():
-    first = chunk(ANSWER, "llm/v1/chat", "phi3", Piece(0, "Mad", None, None), first=True)
+    (first,) = chunks(ANSWER, "llm/v1/chat", "phi3", Piece(0, "Mad", None, None), opened := {1})
     head = {"id": "chatcmpl-abc", "object": "chat.completion.chunk", "created": 1700000000, "model": "phi3"}
     assert first == {
         **head,
         "choices": [{"index": 0, "delta": {"role": "assistant", "content": "Mad"}, "finish_reason": None}],
     }
-    second = chunk(ANSWER, "llm/v1/chat", "phi3", Piece(1, "rid", None, None), first=False)
+    (second,) = chunks(ANSWER, "llm/v1/chat", "phi3", Piece(1, "rid", None, None), opened)
     assert second["choices"] == [{"index": 1, "delta": {"content": "rid"}, "finish_reason": None}]
-    ends = last_chunk(ANSWER, "llm/v1/chat", "phi3", Piece(0, "", "eos", None))
+    (ends,) = chunks(ANSWER, "llm/v1/chat", "phi3", Piece(0, "", "eos", None), opened)
     assert ends == {**head, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
-    whole = last_chunk(ANSWER, "llm/v1/chat", "phi3", Piece(1, "", "max_tokens", None, last=True))
+    (whole,) = chunks(ANSWER, "llm/v1/chat", "phi3", Piece(1, "", "max_tokens", None, last=True), opened)
     assert whole == {
         **head,
         "choices": [{"index": 1, "delta": {}, "finish_reason": "length"}],
@@ -238,12 +243,12 @@ def test_chunks_open_with_the_role_and_the_last_one_carries_the_usage():
 
 
 def test_chunks_of_a_text_completion_carry_text():
-    body = chunk(ANSWER, "llm/v1/completions", "phi3", Piece(0, "Mad", None, None), first=True)
+    (body,) = chunks(ANSWER, "llm/v1/completions", "phi3", Piece(0, "Mad", None, None), opened := set())
     assert (body["object"], body["choices"]) == (
         "text_completion",
         [{"index": 0, "text": "Mad", "finish_reason": None}],
     )
-    body = last_chunk(ANSWER, "llm/v1/completions", "phi3", Piece(0, "", "eos", None, last=True))
+    (body,) = chunks(ANSWER, "llm/v1/completions", "phi3", Piece(0, "", "eos", None, last=True), opened)
     assert body["choices"] == [{"index": 0, "text": "", "finish_reason": "stop"}]
     assert body["usage"]["total_tokens"] == 12
 
@@ -267,7 +272,7 @@ def test_log_probabilities_of_a_chat_have_openais_shape():
         ],
     }
     assert (second["token"], second["bytes"]) == ("bytes:\\xf0\\x9f", [240, 159])
-    piece = chunk(ANSWER, "llm/v1/chat", "phi3", Piece(0, "é", None, TOLD), first=True)
+    (piece,) = chunks(ANSWER, "llm/v1/chat", "phi3", Piece(0, "é", None, TOLD), set())
     assert piece["choices"][0]["logprobs"] == choices[0]["logprobs"]
     read = openai.types.chat.ChatCompletionChunk.model_validate(piece).choices[0].logprobs
     assert [(token.token, token.logprob) for token in read.content] == [(" é", -0.25), ("bytes:\\xf0\\x9f", -0.5)]
@@ -329,8 +334,8 @@ def test_chunks_are_what_mlflow_and_openai_read():
     from mlflow.types.llm import ChatCompletionChunk
 
     for body in (
-        chunk(ANSWER, "llm/v1/chat", "phi3", Piece(0, "Mad", None, None), first=True),
-        last_chunk(ANSWER, "llm/v1/chat", "phi3", Piece(1, "", "eos", None, last=True)),
+        *chunks(ANSWER, "llm/v1/chat", "phi3", Piece(0, "Mad", None, None), set()),
+        *chunks(ANSWER, "llm/v1/chat", "phi3", Piece(1, "", "eos", None, last=True), {1}),
     ):
         read = ChatCompletionChunk.from_dict(body)
         assert read.choices[0].finish_reason == body["choices"][0]["finish_reason"]

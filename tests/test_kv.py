@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from phi3_mlflow.runtime.decoders.batched import _capacity
-from phi3_mlflow.runtime.decoders.kv import KVCache, machine_memory, position_bytes
+from phi3_mlflow.runtime.decoders.kv import KVCache, held_by, machine_memory, position_bytes
 from phi3_mlflow.runtime.errors import InvalidRequest
 
 ROWS, HEADS, SIZE = 4, 2, 32
@@ -126,8 +125,8 @@ def test_a_system_that_does_not_tell_its_memory_is_asked_for_nothing(monkeypatch
     monkeypatch.delattr("os.sysconf")
     assert machine_memory() is None
     with pytest.raises(InvalidRequest, match=r"`kv_budget` is not set, and this system does not tell .*; set it"):
-        _capacity(None, 1000, 64)
-    assert _capacity(64_000, 1000, 64) == 64
+        held_by(None, 1000, 64, 64)
+    assert held_by(64_000, 1000, 64, 64) == 64
 
 
 @pytest.mark.parametrize("error", [ValueError, OSError])
