@@ -211,7 +211,7 @@ class Predictor:
             run = self.service.run(self._prepare(row, params, stream=True))
         except Exception as error:
             raise clean(error) from None
-        pieces = self._stream(run, Span(self.service.name, self._model_id, {"rows": [row], "params": params}))
+        pieces = self._stream(run, {"rows": [row], "params": params})
         # A generator that was never begun does not get to its `finally`.
         weakref.finalize(pieces, run.cancel).atexit = False
         return pieces
@@ -248,13 +248,13 @@ class Predictor:
             else {"error": {"field": getattr(error, "field", None), "message": message}}
         )
 
-    def _stream(self, run: Run, span: Span) -> Iterator[Any]:
+    def _stream(self, run: Run, inputs: Any) -> Iterator[Any]:
         opened: set[int] = set()
         try:
-            with span:
+            with Span(self.service.name, self._model_id, inputs) as span:
+                span.answered(run.answer)  # counted at the end, however it comes
                 for piece in run:
                     yield from chunks(run.answer, self.service.task, self.service.name, piece, opened)
-                span.answered(run.answer)
                 span.outputs = [choice.text for choice in run.answer.choices]
         except Exception as error:
             raise clean(error) from None

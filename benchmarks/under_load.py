@@ -1,0 +1,90 @@
+"""What `mlflow models serve` does with more requests than it can answer: 70 at once, each of a few seconds.
+
+python benchmarks/under_load.py [--parallel 8]        the embedded model; two cores: about 3 minutes
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import requests
+
+from phi3_mlflow import machine, weights
+from phi3_mlflow.builders import onnx
+from phi3_mlflow.serving import served
+
+
+def body(tokens: int, eos: list[int]) -> dict:
+    """A request whose answer has exactly so many tokens."""
+    return {
+        "messages": [{"role": "user", "content": "Count."}],
+        "max_tokens": tokens,
+        "repetition_guard": False,
+        "self_talk_guard": False,
+        "custom_inputs": {"logit_bias": {str(token): -100 for token in eos}},
+    }
+
+
+def ask(address: str, request: dict) -> tuple[str, float]:
+    """What came back, and after how many seconds."""
+    start = time.perf_counter()
+    response = requests.post(f"{address}/invocations", json=request, timeout=600)
+    what = str(response.status_code)
+    if response.status_code == 200:
+        whole = response.json()[0]["custom_outputs"]["stop_reason"] == ["max_tokens"]
+        what += ", the whole answer" if whole else ", cut by max_time"
+    return what, time.perf_counter() - start
+
+
+def main() -> None:
+    """Measures what the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=70, help="sent at the same time")
+    parser.add_argument("--seconds", type=float, default=4.5, help="that one answer takes by itself, about")
+    parser.add_argument("--timeout", type=int, default=60, help="the server's, in seconds")
+    parser.add_argument("--parallel", type=int, default=1, help="the model's setting")
+    parser.add_argument("--context", type=int, default=4096, help="tokens; bounds the length of an answer")
+    asked = parser.parse_args()
+    folder = weights.resolve(weights.EMBEDDED, "onnx").folder
+    eos = json.loads((folder / "genai_config.json").read_text("utf-8"))["model"]["eos_token_id"]
+    environment = {
+        "MLFLOW_PYFUNC_INFERENCE_CONFIG": json.dumps({"parallel": asked.parallel, "context_length": asked.context}),
+        "MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT": str(asked.timeout),
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "model"
+        onnx.save_model(path)
+        with served(str(path), cwd=temporary, environment=environment) as address:
+            ask(address, body(16, eos))
+            tokens = asked.context - 100
+            _, took = ask(address, body(tokens, eos))
+            tokens = min(tokens, round(tokens * asked.seconds / took))
+            _, alone = ask(address, body(tokens, eos))
+            answers: dict[str, list[float]] = defaultdict(list)
+            with ThreadPoolExecutor(asked.requests) as clients:
+                for what, seconds in clients.map(lambda _: ask(address, body(tokens, eos)), range(asked.requests)):
+                    answers[what].append(seconds)
+            _, after = ask(address, body(1, eos))
+            leaving = ThreadPoolExecutor(20)
+            for _ in range(20):
+                leaving.submit(ask, address, body(tokens, eos))
+            time.sleep(2.0)
+            end = time.monotonic()
+        ended = time.monotonic() - end
+        leaving.shutdown(wait=True)
+    print(f"\n{machine.line()}; parallel = {asked.parallel}\n")
+    print(f"{asked.requests} requests at once, of {alone:.1f} s each; the server's timeout is {asked.timeout} s\n")
+    print("| answer | requests | after, median | after, at most |\n|---|---:|---:|---:|")
+    for what, seconds in sorted(answers.items()):
+        print(f"| {what} | {len(seconds)} | {np.median(seconds):.1f} s | {max(seconds):.1f} s |")
+    print(f"\na request of one token after them: {after:.2f} s")
+    print(f"from SIGTERM, while 20 requests run and wait, to the end of the server: {ended:.2f} s")
+
+
+if __name__ == "__main__":
+    main()
