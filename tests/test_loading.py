@@ -156,6 +156,7 @@ def error(task, answer):
         assert answer is None
         return None
     assert set(answer) == {"error"}
+    assert answer["choices"] == []  # Spark asks each row for it
     assert set(answer["error"]) == {"field", "message"}
     return answer["error"]
 

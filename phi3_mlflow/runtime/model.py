@@ -141,7 +141,8 @@ class Predictor:
 
         Returns:
             A list of completion objects, or of strings for the flat task, in the order of the rows. With `on_error` at
-            `row`, a row that has no answer gets `{"error": {"field", "message"}}`, or None in the flat task.
+            `row`, a row that has no answer gets `{"choices": [], "error": {"field", "message"}}`, or None in the flat
+            task.
 
         Raises:
             RequestRefused: a row is not a good request; nothing was started then.
@@ -242,11 +243,10 @@ class Predictor:
         if self._on_error == "raise":
             raise clean(error, place) from None
         message = clean(error).text
-        return (
-            None
-            if self.service.task == "flat"
-            else {"error": {"field": getattr(error, "field", None), "message": message}}
-        )
+        if self.service.task == "flat":
+            return None
+        # Spark's tables need every column that they declare, in each row.
+        return {"choices": [], "error": {"field": getattr(error, "field", None), "message": message}}
 
     def _stream(self, run: Run, inputs: Any) -> Iterator[Any]:
         opened: set[int] = set()
