@@ -30,15 +30,16 @@ def body(tokens: int, eos: list[int]) -> dict:
     }
 
 
-def ask(address: str, request: dict) -> tuple[str, float]:
-    """What came back, and after how many seconds."""
+def ask(address: str, request: dict) -> tuple[str, int, float]:
+    """What came back, with how many tokens, and after how many seconds."""
     start = time.perf_counter()
     response = requests.post(f"{address}/invocations", json=request, timeout=600)
-    what = str(response.status_code)
-    if response.status_code == 200:
-        whole = response.json()[0]["custom_outputs"]["stop_reason"] == ["max_tokens"]
-        what += ", the whole answer" if whole else ", cut by max_time"
-    return what, time.perf_counter() - start
+    took = time.perf_counter() - start
+    if response.status_code != 200:
+        return str(response.status_code), 0, took
+    [answer] = response.json()
+    whole = answer["custom_outputs"]["stop_reason"] == ["max_tokens"]
+    return f"200, {'whole' if whole else 'cut by `max_time`'}", answer["usage"]["completion_tokens"], took
 
 
 def main() -> None:
@@ -62,14 +63,15 @@ def main() -> None:
         with served(str(path), cwd=temporary, environment=environment) as address:
             ask(address, body(16, eos))
             tokens = asked.context - 100
-            _, took = ask(address, body(tokens, eos))
+            *_, took = ask(address, body(tokens, eos))
             tokens = min(tokens, round(tokens * asked.seconds / took))
-            _, alone = ask(address, body(tokens, eos))
-            answers: dict[str, list[float]] = defaultdict(list)
+            *_, alone = ask(address, body(tokens, eos))
+            answers: dict[str, list[tuple[int, float]]] = defaultdict(list)
             with ThreadPoolExecutor(asked.requests) as clients:
-                for what, seconds in clients.map(lambda _: ask(address, body(tokens, eos)), range(asked.requests)):
-                    answers[what].append(seconds)
-            _, after = ask(address, body(1, eos))
+                sent = [clients.submit(ask, address, body(tokens, eos)) for _ in range(asked.requests)]
+                for what, count, seconds in (each.result() for each in sent):
+                    answers[what].append((count, seconds))
+            *_, after = ask(address, body(1, eos))
             leaving = ThreadPoolExecutor(20)
             for _ in range(20):
                 leaving.submit(ask, address, body(tokens, eos))
@@ -78,10 +80,12 @@ def main() -> None:
         ended = time.monotonic() - end
         leaving.shutdown(wait=True)
     print(f"\n{machine.line()}; parallel = {asked.parallel}\n")
-    print(f"{asked.requests} requests at once, of {alone:.1f} s each; the server's timeout is {asked.timeout} s\n")
-    print("| answer | requests | after, median | after, at most |\n|---|---:|---:|---:|")
-    for what, seconds in sorted(answers.items()):
-        print(f"| {what} | {len(seconds)} | {np.median(seconds):.1f} s | {max(seconds):.1f} s |")
+    print(f"{asked.requests} requests at once; one alone has {tokens} tokens and takes {alone:.1f} s")
+    print(f"the server's timeout is {asked.timeout} s\n")
+    print("| answer | requests | tokens, median | after, median | after, at most |\n|---|---:|---:|---:|---:|")
+    for what, each in sorted(answers.items()):
+        amount, median = np.median(np.asarray(each), axis=0)
+        print(f"| {what} | {len(each)} | {amount:.0f} | {median:.1f} s | {max(took for _, took in each):.1f} s |")
     print(f"\na request of one token after them: {after:.2f} s")
     print(f"from SIGTERM, while 20 requests run and wait, to the end of the server: {ended:.2f} s")
 

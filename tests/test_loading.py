@@ -155,7 +155,7 @@ def error(task, answer):
     if task == "flat":
         assert answer is None
         return None
-    assert set(answer) == {"error"}
+    assert set(answer) == {"choices", "error"}
     assert answer["choices"] == []  # Spark asks each row for it
     assert set(answer["error"]) == {"field", "message"}
     return answer["error"]

@@ -84,7 +84,7 @@ def test_the_models_page_shows_the_traces_in_which_it_was_asked(model):
 
 
 def test_a_request_that_is_refused_is_a_span_with_the_error_and_no_tokens(model):
-    with mlflow.start_span("refused"), pytest.raises(mlflow.MlflowException, match="`min_p` is 3.0"):
+    with mlflow.start_span("refused"), pytest.raises(mlflow.MlflowException, match=r"`min_p` is 3\.0"):
         model.predict(QUESTION, params={"min_p": 3.0})
     _, span = spans_of("refused")
     assert span.status.status_code == "ERROR"
