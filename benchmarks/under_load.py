@@ -46,15 +46,14 @@ def main() -> None:
     """Measures what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=70, help="sent at the same time")
-    parser.add_argument("--seconds", type=float, default=4.5, help="that one answer takes by itself, about")
+    parser.add_argument("--tokens", type=int, default=900, help="of each answer")
     parser.add_argument("--timeout", type=int, default=60, help="the server's, in seconds")
     parser.add_argument("--parallel", type=int, default=1, help="the model's setting")
-    parser.add_argument("--context", type=int, default=4096, help="tokens; bounds the length of an answer")
     asked = parser.parse_args()
     folder = weights.resolve(weights.EMBEDDED, "onnx").folder
     eos = json.loads((folder / "genai_config.json").read_text("utf-8"))["model"]["eos_token_id"]
     environment = {
-        "MLFLOW_PYFUNC_INFERENCE_CONFIG": json.dumps({"parallel": asked.parallel, "context_length": asked.context}),
+        "MLFLOW_PYFUNC_INFERENCE_CONFIG": json.dumps({"parallel": asked.parallel}),
         "MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT": str(asked.timeout),
     }
     with tempfile.TemporaryDirectory() as temporary:
@@ -62,25 +61,22 @@ def main() -> None:
         onnx.save_model(path)
         with served(str(path), cwd=temporary, environment=environment) as address:
             ask(address, body(16, eos))
-            tokens = asked.context - 100
-            *_, took = ask(address, body(tokens, eos))
-            tokens = min(tokens, round(tokens * asked.seconds / took))
-            *_, alone = ask(address, body(tokens, eos))
+            *_, alone = ask(address, body(asked.tokens, eos))
             answers: dict[str, list[tuple[int, float]]] = defaultdict(list)
             with ThreadPoolExecutor(asked.requests) as clients:
-                sent = [clients.submit(ask, address, body(tokens, eos)) for _ in range(asked.requests)]
+                sent = [clients.submit(ask, address, body(asked.tokens, eos)) for _ in range(asked.requests)]
                 for what, count, seconds in (each.result() for each in sent):
                     answers[what].append((count, seconds))
             *_, after = ask(address, body(1, eos))
             leaving = ThreadPoolExecutor(20)
             for _ in range(20):
-                leaving.submit(ask, address, body(tokens, eos))
+                leaving.submit(ask, address, body(asked.tokens, eos))
             time.sleep(2.0)
             end = time.monotonic()
         ended = time.monotonic() - end
         leaving.shutdown(wait=True)
     print(f"\n{machine.line()}; parallel = {asked.parallel}\n")
-    print(f"{asked.requests} requests at once; one alone has {tokens} tokens and takes {alone:.1f} s")
+    print(f"{asked.requests} requests at once; one alone has {asked.tokens} tokens and takes {alone:.1f} s")
     print(f"the server's timeout is {asked.timeout} s\n")
     print("| answer | requests | tokens, median | after, median | after, at most |\n|---|---:|---:|---:|---:|")
     for what, each in sorted(answers.items()):
