@@ -73,8 +73,8 @@ def main() -> None:
                 leaving.submit(ask, address, body(asked.tokens, eos))
             time.sleep(2.0)
             end = time.monotonic()
-        ended = time.monotonic() - end
         leaving.shutdown(wait=True)
+        ended = time.monotonic() - end
     print(f"\n{machine.line()}; parallel = {asked.parallel}\n")
     print(f"{asked.requests} requests at once; one alone has {asked.tokens} tokens and takes {alone:.1f} s")
     print(f"the server's timeout is {asked.timeout} s\n")
@@ -83,7 +83,7 @@ def main() -> None:
         amount, median = np.median(np.asarray(each), axis=0)
         print(f"| {what} | {len(each)} | {amount:.0f} | {median:.1f} s | {max(took for _, took in each):.1f} s |")
     print(f"\na request of one token after them: {after:.2f} s")
-    print(f"from SIGTERM, while 20 requests run and wait, to the end of the server: {ended:.2f} s")
+    print(f"from SIGTERM, while 20 requests run and wait, until all of them were told: {ended:.2f} s")
 
 
 if __name__ == "__main__":
