@@ -157,6 +157,7 @@ class FakeDecoder:
         chunk: see Decoder.
         context_length: see Decoder.
         capacity: see Decoder; None for room in every slot.
+        block: see Decoder.
         mixed: see Decoder.
         on_call: called in each call with its name, slot (None for decode) and ids; may raise or wait. A step counts as
             a "prefill" of each slot whose prompt it goes on with, and as one "decode" of all others together.
@@ -170,11 +171,12 @@ class FakeDecoder:
         chunk: int = 4,
         context_length: int = 64,
         capacity: int | None = None,
+        block: int = 1,
         mixed: bool = False,
         on_call: Callable[[str, int | None, list[int]], None] = lambda name, slot, ids: None,
     ):
         self.slots, self.chunk, self.context_length, self.eos = slots, chunk, context_length, EOS
-        self.capacity = capacity or slots * context_length
+        self.capacity, self.block = capacity or slots * context_length, block
         self.mixed = mixed
         self.calls: list[tuple[str, int | None, list[int]]] = []
         self.closed = False
@@ -250,6 +252,8 @@ class FakeDecoder:
     def _append(self, slot: int, ids: list[int]) -> None:
         self._sequences[slot] += [(token, tuple(ids)) for token in ids]
         assert len(self._sequences[slot]) <= self.context_length
+        held = sum(-(-len(sequence) // self.block) * self.block for sequence in self._sequences)
+        assert held <= self.capacity, "no room is left"
 
     def _logits(self, slot: int, length: int) -> np.ndarray:
         sequence = [token for token, _ in self._sequences[slot][:length]]

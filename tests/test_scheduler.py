@@ -665,6 +665,16 @@ def test_jobs_wait_until_the_decoder_has_room_for_all_that_they_may_need(start):
     assert max(running) == 2
 
 
+def test_room_is_reckoned_in_whole_blocks(start):
+    # Each needs 8 + 6 - 1 tokens, which take two blocks: together as many tokens as there is room for, and too many
+    # blocks. The fourth finds idle slots whose blocks it needs.
+    scheduler = start(FakeDecoder(slots=3, capacity=40, block=10, context_length=30, on_call=(gate := Gate())))
+    asked = [ask(scheduler, LETTERS[at : at + 8]) for at in (0, 8, 16)]
+    gate.open.set()
+    assert [one.result() for one in asked] == [alone(LETTERS[at : at + 8]) for at in (0, 8, 16)]
+    assert ask(scheduler, LETTERS[:20], 11).result() == alone(LETTERS[:20], 11)
+
+
 def test_idle_slots_keep_their_tokens_until_the_room_is_needed(start):
     decoder = FakeDecoder(lambda prompt: [], slots=3, capacity=40, context_length=40)
     scheduler = start(decoder)

@@ -64,6 +64,11 @@ class Prefixes:
         # Prefixes are used again in multiples of so many tokens.
         self._unit = decoder.chunk if reuse == "exact" else 1
 
+    def room(self, tokens: int) -> int:
+        """How much of the decoder's capacity a sequence of so many tokens takes."""
+        block = self._decoder.block
+        return -(-tokens // block) * block
+
     def free(self) -> list[Slot]:
         """The slots without a job."""
         return [slot for slot in self.slots if slot.job is None]
@@ -125,10 +130,10 @@ class Prefixes:
 
     def evict(self, idle: Sequence[Slot], room: int) -> None:
         """Forgets what idle slots keep, longest unused first, until the rest has room."""
-        kept = sum(slot.kept for slot in idle)
+        kept = sum(self.room(slot.kept) for slot in idle)
         for slot in sorted(idle, key=lambda slot: slot.turn):
             if kept > room:
-                kept -= slot.kept
+                kept -= self.room(slot.kept)
                 self.forget(slot)
 
     def renewable(self) -> list[Slot]:

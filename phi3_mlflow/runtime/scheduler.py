@@ -218,8 +218,9 @@ class Scheduler:
                 if not self._waiting:
                     return
                 generation = self._waiting.first.generation
-                running = sum(slot.job.generation.most_tokens for slot in self._slots if slot.job is not None)
-                room = self._decoder.capacity - running - generation.most_tokens
+                running = [slot.job.generation for slot in self._slots if slot.job is not None]
+                taken = sum(self._prefixes.room(each.most_tokens) for each in (*running, generation))
+                room = self._decoder.capacity - taken
                 if room < 0:
                     return
                 job = self._waiting.pop()

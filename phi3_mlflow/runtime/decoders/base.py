@@ -36,7 +36,8 @@ class Decoder(Protocol):
     Attributes:
         slots: how many sequences can be kept at once, numbered from 0.
         context_length: the most tokens one sequence can hold.
-        capacity: the most tokens all sequences can hold together, at least `context_length`.
+        capacity: the most tokens all sequences can hold together, a multiple of `block`, at least `context_length`.
+        block: each sequence takes room for a multiple of so many tokens.
         chunk: how many tokens of prompts the scheduler puts into one step.
         mixed: whether one step takes any number of tokens for each of several slots. Otherwise it takes one part
             alone, or one token for each of several slots.
@@ -46,6 +47,7 @@ class Decoder(Protocol):
     slots: int
     context_length: int
     capacity: int
+    block: int
     chunk: int
     mixed: bool
     eos: frozenset[int]

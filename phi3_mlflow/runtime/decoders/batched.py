@@ -47,6 +47,7 @@ class BatchedDecoder:
             have.
     """
 
+    block = 1
     mixed = False
     # As for onnxruntime-genai, so that prompts are computed in the same company and give the same logits. It is how
     # long the other sequences wait: 0.5 to 0.7 s at full size on two cores.

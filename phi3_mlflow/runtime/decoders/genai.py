@@ -35,6 +35,7 @@ class GenaiDecoder:
     """
 
     slots = 1
+    block = 1
     mixed = False
     # A chunk is how long /ping and cancellation may wait, 0.5 to 0.7 s at full size on two cores. Chunks of 16 to 256
     # tokens were measured to be equally fast.

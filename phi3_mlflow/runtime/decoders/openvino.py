@@ -54,6 +54,7 @@ class OpenVinoDecoder:
     chunk = 16
     # Any number of tokens for each of several slots.
     mixed = True
+    block = BLOCK
 
     def __init__(
         self,

@@ -25,6 +25,7 @@ class PipelineDecoder:
     """
 
     slots = 1
+    block = 1
     chunk = 256
     mixed = False
 
