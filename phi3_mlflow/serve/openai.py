@@ -187,6 +187,7 @@ class Shape:
         if self._chat and wanted.stream:
             self._head["object"] = "chat.completion.chunk"
         self._opened: set[int] = set()
+        self._held: list[list[Piece]] = [[] for _ in answers]
         self._prompts = [_echoed(request, tokens) for request in wanted.requests]
 
     def whole(self) -> dict[str, Any]:
@@ -217,6 +218,21 @@ class Shape:
             place: which of the prompts.
             piece: what is new.
         """
+        held = self._held[place]
+        held.append(piece)
+        if self._waits(place, piece):
+            return []
+        chunks = [chunk for each in held for chunk in self._chunks(place, each)]
+        held.clear()
+        return chunks
+
+    def _waits(self, place: int, piece: Piece) -> bool:
+        """Whether a choice has come before the log probabilities of its prompt, which the first choice reads."""
+        answer = self._answers[place]
+        read = answer.prompt_logprobs
+        return read is not None and piece.choice > 0 and len(read) < answer.prompt_tokens
+
+    def _chunks(self, place: int, piece: Piece) -> list[dict[str, Any]]:
         index = self._index(place, piece.choice)
         first = index not in self._opened
         chunks = []
