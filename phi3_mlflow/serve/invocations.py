@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message
 
 from phi3_mlflow.runtime import chat, hosting
 from phi3_mlflow.runtime.answers import Answer, Piece
+from phi3_mlflow.runtime.errors import Unavailable
 from phi3_mlflow.runtime.model import clean
 from phi3_mlflow.runtime.service import Service
 
@@ -63,7 +64,7 @@ async def forward(app: ASGIApp, request: HttpRequest, content: bytes) -> Respons
 
 def refused(error: Exception) -> Response:
     """An error before the stream, as MLflow's app would tell it."""
-    cleaned = clean(error)
+    cleaned = clean(Unavailable(str(error)) if isinstance(error, HttpError) else error)
     return Response(cleaned.serialize_as_json(), cleaned.get_http_status_code(), media_type="application/json")
 
 

@@ -51,6 +51,9 @@ class Pieces:
         """What the next run is to be given as its callback."""
         return partial(self._put, len(self.runs))
 
+    def _begun(self, place: int) -> bool:
+        return any(choice.tokens for choice in self.runs[place].answer.choices)
+
     def _put(self, place: int, event: Event) -> None:
         self._loop.call_soon_threadsafe(self._events.put_nowait, (place, event))
 
@@ -63,7 +66,8 @@ class Pieces:
         """Each piece with the place of its run.
 
         Raises:
-            Exception: what ended one of the runs; the others are cancelled.
+            HttpError: the time was over before an answer was begun: an empty one would pass for an answer.
+            Exception: what else ended one of the runs; the others are cancelled.
         """
         left = len(self.runs)
         try:
@@ -76,6 +80,9 @@ class Pieces:
                     raise HttpError(503, message, kind="server_error", code="timeout", retry_after=30) from None
                 if isinstance(event, Exception):
                     raise event.with_traceback(None)
+                if event.reason == "max_time" and not self._begun(place) and time.monotonic() >= self._deadline:
+                    message = "the time was over before the answer was begun; try again later"
+                    raise HttpError(503, message, kind="server_error", code="timeout", retry_after=30)
                 left -= event.last
                 yield place, event
         finally:
