@@ -18,6 +18,7 @@ from fakes import TOKENS, FakeDecoder, spell
 from phi3_mlflow.runtime.answers import Answer
 from phi3_mlflow.runtime.errors import Unavailable
 from phi3_mlflow.runtime.generation import Generation
+from phi3_mlflow.runtime.runs import Table
 from phi3_mlflow.runtime.service import Service
 
 PATIENCE = 60  # seconds; only what hangs takes as long
@@ -354,3 +355,15 @@ def test_a_table_that_is_left_ends_what_goes_on(load):
     table.cancel()
     assert len(list(table)) == 50
     until(lambda: service.statistics().running == service.statistics().waiting == 0)
+
+
+def test_a_row_that_is_made_while_its_table_is_left_is_cancelled(load):
+    service = endless(load)
+    prepared = service.prepare(service.parse(ask(**LONG)))
+
+    def make(row):
+        table.cancel()  # another thread, at this moment
+        return service._run(prepared, None, lambda event: None, renew=False)
+
+    table = Table([0], make, None)
+    assert [job.ending() for job in table.jobs()] == ["cancelled"]

@@ -226,6 +226,8 @@ class Table:
             except Exception as error:
                 self.fail(error)
                 return
+            if self._cancelled:  # while it was made, so that `cancel` may not have seen it
+                run.cancel()
             run.on_end = partial(self._events.put, row)
             yield from run.jobs
         self._events.put(None)
