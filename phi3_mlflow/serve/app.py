@@ -268,9 +268,14 @@ class Server:
             if refused is None:
                 raise
             return refused(error)
+
+        def told(error: HttpError) -> bytes:
+            record.error = str(error)  # the status cannot say it any more
+            return failed(error)
+
         return EventStream(
             events(first, arriving),
-            failed,
+            told,
             stack.pop_all(),
             write_timeout=self.limits.write_seconds,
             headers=_headers(record),
