@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from phi3_mlflow.runtime.decoders.base import Part
 from phi3_mlflow.runtime.errors import Busy, Unavailable
 from phi3_mlflow.runtime.generation import Generation
-from phi3_mlflow.runtime.jobs import Job
+from phi3_mlflow.runtime.jobs import MOST, Batch, Job, Queue
 from phi3_mlflow.runtime.options import Options
 from phi3_mlflow.runtime.scheduler import Scheduler
 from phi3_mlflow.runtime.stops import Stops
@@ -858,3 +858,11 @@ def test_idle_time_is_spent_on_nothing_that_has_no_next_turn_or_where_it_is_swit
     one.result()
     time.sleep(0.05)
     assert scheduler.statistics().renewed == 0
+
+
+def test_jobs_whose_time_is_over_are_ended_a_few_at_a_time():
+    jobs = [Job(None, print, deadline=0.0) for _ in range(2 * MOST + 1)]
+    queue = Queue()
+    queue.add(Batch(jobs, print))
+    assert [len(queue.take_ending()) for _ in range(4)] == [MOST, MOST, 1, 0]
+    assert not queue

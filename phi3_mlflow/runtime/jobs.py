@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from .answers import Piece, StopReason
 from .generation import Generation
 
+# Jobs that are ended at a time, before others have their turn.
+MOST = 50
+
 
 class Job:
     """One choice of an answer that the scheduler is asked for.
@@ -121,10 +124,10 @@ class Queue:
         return job
 
     def take_ending(self) -> list[Job]:
-        """Takes out the jobs that must end. Those of one batch end together, so one look at each batch is enough."""
+        """Takes out jobs that must end, MOST at the most: a table's are made as they are taken, which takes time."""
         taken: list[Job] = []
         for batch in self._batches:
-            while batch.first is not None and batch.first.ending():
+            while len(taken) < MOST and batch.first is not None and batch.first.ending():
                 taken.append(batch.pop())
         self._batches = deque(batch for batch in self._batches if batch.first is not None)
         return taken

@@ -17,7 +17,7 @@ import numpy as np
 from .answers import Piece
 from .decoders.base import Decoder, Part
 from .errors import Busy, Unavailable
-from .jobs import Batch, Job, Queue
+from .jobs import MOST, Batch, Job, Queue
 from .prefixes import Prefixes, Reuse, Slot
 from .statistics import Counts, Statistics
 
@@ -213,7 +213,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Gives waiting jobs to free slots."""
-        while free := self._prefixes.free():
+        ended = 0
+        while (free := self._prefixes.free()) and ended < MOST:
             with self._wake:
                 if not self._waiting:
                     return
@@ -232,6 +233,7 @@ class Scheduler:
                     slot.job, slot.fresh, slot.turn, slot.renew = job, True, next(self._turns), job.renew
                     job.admitted = time.monotonic()
             if slot is None:
+                ended += 1
                 self._deliver_end(job)
                 continue
             try:
