@@ -80,6 +80,15 @@ def test_the_pieces_of_a_run_are_taken_once(load):
     assert run.answer.choices[0].text == "hello world"
 
 
+def test_a_run_that_is_closed_before_its_first_piece_is_cancelled(load):
+    service = endless(load)
+    run = service.start(ask(**LONG))
+    pieces = iter(run)
+    pieces.close()
+    del pieces
+    assert [job.ending() for job in run.jobs] == ["cancelled"]
+
+
 def test_pieces_are_awaited_without_a_thread_that_waits(load):
     service = load(says("hello world yes"), slots=2)
 

@@ -5,6 +5,7 @@ import logging
 import queue
 import threading
 import time
+import weakref
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
@@ -101,7 +102,10 @@ class Run:
             Exception: what ended the request.
         """
         self._take()
-        return self._pieces()
+        pieces = self._pieces()
+        # A generator that was never begun does not get to its `finally`.
+        weakref.finalize(pieces, self.cancel).atexit = False
+        return pieces
 
     def _pieces(self) -> Iterator[Piece]:
         try:
