@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.sandbox
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
@@ -30,6 +31,8 @@ _WHITE_SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u200
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 # Layouts of longer conversations are not kept: a cache of them would hold hundreds of megabytes.
 _CACHED_ROLES = 64
+# Characters or items that a template may make by a product.
+_MOST_PRODUCT = 10_000
 _PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
 
 
@@ -234,17 +237,30 @@ def _breaks_off(beginning: bytes) -> bool:
     return False
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, in which no product makes a long text or list, neither now nor while it compiles."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """The result of * or **."""
+        parts, times = (left, right) if isinstance(right, int) else (right, left)
+        if operator == "**" or (hasattr(parts, "__len__") and len(parts) * int(times) > _MOST_PRODUCT):
+            raise jinja2.sandbox.SecurityError(f"it asks for a product that is too large ({operator})")
+        return super().call_binop(context, operator, left, right)
+
+
 class _ChatTemplate:
     """A Jinja chat template, rendered in the sandbox and with the settings that transformers uses."""
 
     def __init__(self, source: Any, config: Mapping[str, Any]):
         if not isinstance(source, str) or not source:
             raise WeightsError("tokenizer_config.json has no chat_template, and there is no chat_template.jinja")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.globals["raise_exception"] = _raise_template_error
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # also what Python's compiler and memory say of what jinja made of it
             raise WeightsError(f"the tokenizer's chat template is not valid: {error}") from error
         self._tokens = {key: _token_text(config[key]) for key in ("bos_token", "eos_token") if config.get(key)}
         for roles in (("user",), ("system", "user"), ("user", "assistant", "user")):
@@ -256,7 +272,12 @@ class _ChatTemplate:
     def render(self, messages: Sequence[tuple[str, str]]) -> str:
         """The prompt's text; jinja2.TemplateError where the template refuses these messages."""
         turns = [{"role": role, "content": content} for role, content in messages]
-        return self._template.render(messages=turns, add_generation_prompt=True, **self._tokens)
+        try:
+            return self._template.render(messages=turns, add_generation_prompt=True, **self._tokens)
+        except (jinja2.TemplateError, RecursionError):
+            raise
+        except Exception as error:
+            raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from error
 
     def refuses(self, messages: Sequence[tuple[str, str]]) -> bool:
         try:

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import os
+import re
 from pathlib import Path
 
 from phi3_mlflow.runtime.errors import Phi3Error
@@ -45,30 +46,39 @@ def read(path: Path | None) -> Keys:
     """The keys of a file and of the variable PHI3_MLFLOW_API_KEYS.
 
     Args:
-        path: a file with one key a line, or `NAME=KEY`; lines that begin with # are left out. The variable holds the
-            same, separated by commas.
+        path: a file with a key a line, as `NAME=KEY`; lines that begin with # are left out. The variable holds the
+            same, separated by commas. Names are of small letters, digits, - and _, so that no part of a key is taken
+            for one.
 
     Raises:
-        KeysError: the file cannot be read, a name stands twice, or a key is too short to be one.
+        KeysError: the file cannot be read, a line is not of that form, a name stands twice, or a key is too short.
     """
     lines: list[str] = []
     if path is not None:
         try:
             lines = path.read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise KeysError(f"the file of keys {path} cannot be read: {error}") from error
+            raise KeysError(f"the file of keys {path} cannot be read: {type(error).__name__}") from error
         if not any(_meant(lines)):
             raise KeysError(f"the file of keys {path} holds none: write one a line, as NAME=KEY")
     named: dict[str, str] = {}
-    for index, line in enumerate(_meant([*lines, *os.environ.get(VARIABLE, "").split(",")])):
-        name, separator, key = line.partition("=")
-        name, key = (name.strip(), key.strip()) if separator else (f"key-{index + 1}", line)
-        if len(key) < _LEAST or not key.isascii() or not key.isprintable() or " " in key:
-            raise KeysError(f"the key {name!r} must be at least {_LEAST} printable ASCII characters without spaces")
+    places = [(f"line {number} of {path}", line) for number, line in enumerate(lines, 1)]
+    places += [(f"entry {number} of {VARIABLE}", line) for number, line in _entries(os.environ.get(VARIABLE, ""))]
+    for place, line in places:
+        if not _meant([line]):
+            continue
+        name, _, key = (part.strip() for part in line.strip().partition("="))
+        if not re.fullmatch(r"[a-z0-9_-]{1,32}", name) or not re.fullmatch(rf"[!-~]{{{_LEAST},}}", key):
+            form = f"NAME of at most 32 small letters, digits, - and _, KEY of at least {_LEAST} printable characters"
+            raise KeysError(f"{place} is not NAME=KEY: {form}, without spaces")
         if name in named:
-            raise KeysError(f"the key {name!r} is given twice: give each a name of its own")
+            raise KeysError(f"{place} has the name {name!r} a second time: give each key a name of its own")
         named[name] = key
     return Keys(named)
+
+
+def _entries(text: str) -> list[tuple[int, str]]:
+    return list(enumerate(text.split(","), 1))
 
 
 def _meant(lines: list[str]) -> list[str]:

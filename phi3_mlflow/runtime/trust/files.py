@@ -61,10 +61,12 @@ def check_all(folder: Path) -> None:
         WeightsError: there is one; the message names it.
     """
     for path in sorted(folder.rglob("*")):
-        if path.is_symlink() or path.is_file():
+        if path.is_symlink() or not path.is_dir():
             _check_link(path, folder)
             if path.is_file():
                 _check_start(path)
+            elif path.exists() and not path.is_dir():
+                raise WeightsError(f"{path} is no plain file: do not use this copy")
 
 
 def beside(owner: Path, name: object) -> Path:

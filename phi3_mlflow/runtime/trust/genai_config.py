@@ -60,7 +60,18 @@ _FLAG = _Rule("true or false", lambda value: type(value) is bool)
 _SWITCH = _one_of("0", "1")
 _DIGITS = _Rule("1 to 3 digits as text", lambda value: isinstance(value, str) and _is_digits(value))
 _TOKEN = _integer(-1, 2**31 - 1)
-_VALUE = _text(200)  # the name of an input or output of the graph; %d stands for the layer
+# The name of an input or output of the graph.
+_VALUE = _Rule(
+    "a name of 1 to 60 letters, digits and _ . / -",
+    lambda value: isinstance(value, str) and re.fullmatch(r"[\w./-]{1,60}", value, re.ASCII) is not None,
+)
+# onnxruntime-genai hands these to snprintf with a buffer of 64 bytes: of everything that printf knows, %d alone.
+_LAYERS = _Rule(
+    "a name of at most 50 letters, digits and _ . / - with one %d for the layer",
+    lambda value: (
+        isinstance(value, str) and len(value) <= 50 and re.fullmatch(r"[\w./-]*%d[\w./-]*", value, re.ASCII) is not None
+    ),
+)
 _COUNT = _integer(1, 65536)
 
 # Everything that may be there, at its place. Nothing in it can name a library, and one key alone names a file.
@@ -83,13 +94,13 @@ _ALLOWED: Mapping[str, Any] = {
                 "input_ids": _VALUE,
                 "attention_mask": _VALUE,
                 "position_ids": _VALUE,
-                "past_key_names": _VALUE,
-                "past_value_names": _VALUE,
+                "past_key_names": _LAYERS,
+                "past_value_names": _LAYERS,
             },
             "outputs": {
                 "logits": _VALUE,
-                "present_key_names": _VALUE,
-                "present_value_names": _VALUE,
+                "present_key_names": _LAYERS,
+                "present_value_names": _LAYERS,
             },
             "sliding_window": {
                 "window_size": _integer(1, 2**20),
