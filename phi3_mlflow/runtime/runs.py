@@ -138,7 +138,8 @@ class Run:
         try:
             while True:
                 try:
-                    event = await asyncio.wait_for(events.get(), self._patience())
+                    async with asyncio.timeout(self._patience()):  # wait_for may lose a cancellation in Python 3.11
+                        event = await events.get()
                 except TimeoutError:
                     raise _stuck() from None
                 if isinstance(event, Exception):

@@ -6,6 +6,7 @@ Knows HTTP and what the seam of the runtime offers; who counts, logs and traces 
 import asyncio
 import json
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -15,8 +16,9 @@ from typing import Any, Protocol
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from phi3_mlflow.runtime import chat
@@ -30,6 +32,7 @@ from .keys import Keys
 from .models import Loaded, Models
 from .records import Observer, Record
 from .streams import ClientLeft, EventStream, Pieces, event, while_connected
+from .wire import JsonResponse
 
 _logger = logging.getLogger(__name__)
 
@@ -89,6 +92,7 @@ class Server:
     ):
         self.models = models
         self.limits = limits
+        self.starting = False  # whether models are still loaded that were to be before the first request
         self.draining = False
         self.current = 0  # requests that were posted and have no answer yet
         self._metrics = metrics
@@ -246,7 +250,7 @@ class Server:
                 pass
 
         await while_connected(request.receive, take())
-        return JSONResponse(shape.whole(), headers=_headers(record))
+        return JsonResponse(shape.whole(), headers=_headers(record))
 
     async def _stream(
         self,
@@ -295,7 +299,10 @@ class Server:
     async def _content(self, request: HttpRequest) -> bytes:
         """The request's body, all of it."""
         try:
-            return await asyncio.wait_for(request.body(), self.limits.body_seconds)
+            async with asyncio.timeout(self.limits.body_seconds):
+                return await request.body()
+        except ClientDisconnect:
+            raise ClientLeft from None
         except TimeoutError:
             problem = f"the body has not arrived within {self.limits.body_seconds:g} seconds"
             raise HttpError(408, problem, code="request_timeout") from None
@@ -305,11 +312,11 @@ class Server:
         return json_object(request.headers.get("content-type"), await self._content(request))
 
     async def _list(self, request: HttpRequest) -> Response:
-        return JSONResponse({"object": "list", "data": self.models.list()})
+        return JsonResponse({"object": "list", "data": self.models.list()})
 
     async def _model(self, request: HttpRequest) -> Response:
         name = self.models.find(request.path_params["name"]).name
-        return JSONResponse(next(entry for entry in self.models.list() if entry["id"] == name))
+        return JsonResponse(next(entry for entry in self.models.list() if entry["id"] == name))
 
     async def _tokenize(self, request: HttpRequest) -> Response:
         return await self._tokens(request, tokenize.tokenize)
@@ -323,7 +330,7 @@ class Server:
         body = await self._body(request)
         async with AsyncExitStack() as stack:
             loaded, _ = await self._lease(stack, request, body)
-            return JSONResponse(await asyncio.to_thread(function, body, loaded.service))
+            return JsonResponse(await asyncio.to_thread(function, body, loaded.service))
 
     async def _health(self, request: HttpRequest) -> Response:
         dead = [loaded.name for loaded in self.models.loaded() if not loaded.service.statistics().alive]
@@ -335,10 +342,9 @@ class Server:
     async def _ready(self, request: HttpRequest) -> Response:
         state = [(loaded, loaded.service.statistics()) for loaded in self.models.loaded()]
         room = [each for each in state if each[1].has_room]
-        if self.draining or not room:
-            problem = (
-                "is ending" if self.draining else "has no model with room in its queue" if state else "has no model"
-            )
+        if self.draining or self.starting or not room:
+            waits = "is loading its models" if self.starting else "has no model with room in its queue"
+            problem = "is ending" if self.draining else waits if state or self.starting else "has no model"
             raise HttpError(503, f"the server {problem}", kind="server_error", code="unavailable", retry_after=5)
         return Response("\n", media_type="application/json")
 
@@ -359,7 +365,7 @@ class Server:
         if self._feedback is None:
             raise HttpError(404, "answers are not traced here: the server needs --trace", code="not_found")
         await self._feedback(trace, value)
-        return JSONResponse({"ok": True})
+        return JsonResponse({"ok": True})
 
 
 def json_object(content_type: str | None, content: bytes) -> dict[str, Any]:
@@ -372,7 +378,7 @@ def json_object(content_type: str | None, content: bytes) -> dict[str, Any]:
     if kind != "application/json":
         raise HttpError(415, f"the content type is {shorten(kind)}; it must be application/json")
     try:
-        body = json.loads(content, parse_constant=_no_number)
+        body = json.loads(content, parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else shorten(str(error), 120)
         raise HttpError(400, f"the body is not valid JSON: {reason}", code="invalid_json") from None
@@ -383,6 +389,13 @@ def json_object(content_type: str | None, content: bytes) -> dict[str, Any]:
 
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is not a number of JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{shorten(text)} is beyond all floating-point numbers")
+    return number
 
 
 def _headers(record: Record) -> dict[str, str]:

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from starlette.responses import JSONResponse
-
 from phi3_mlflow.runtime.errors import Busy, InvalidRequest, Phi3Error, Unavailable
+
+from .wire import JsonResponse
 
 
 class HttpError(Phi3Error):
@@ -41,12 +41,12 @@ class HttpError(Phi3Error):
         """The envelope."""
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
+    def response(self) -> JsonResponse:
         """The whole answer."""
         headers = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
-        return JSONResponse(self.body, self.status, headers)
+        return JsonResponse(self.body, self.status, headers)
 
 
 def http_error(error: Exception) -> HttpError:

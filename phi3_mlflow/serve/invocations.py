@@ -5,6 +5,7 @@ Knows MLflow's app as an ASGI app, and its errors' shape.
 
 import asyncio
 import json
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,8 @@ from phi3_mlflow.runtime.service import Service
 
 from .errors import HttpError
 from .streams import event
+
+_logger = logging.getLogger(__name__)
 
 _OPEN = ("messages", "prompt")  # bodies that MLflow hands on as they are
 
@@ -57,6 +60,11 @@ async def forward(app: ASGIApp, request: HttpRequest, content: bytes) -> Respons
         except asyncio.CancelledError:
             leave()
             raise
+        except Exception as error:
+            if not (sent and sent[-1]["type"] == "http.response.body" and not sent[-1].get("more_body")):
+                raise
+            # Starlette has answered with a bare 500, and tells the server's log besides.
+            _logger.error("MLflow's app failed", exc_info=error)
     response = Response(b"".join(message.get("body", b"") for message in sent[1:]), sent[0]["status"])
     response.raw_headers = sent[0]["headers"]
     return response

@@ -10,14 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import h11
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from phi3_mlflow.runtime.errors import Phi3Error
 from phi3_mlflow.runtime.hosting import RequestExecutor
 
 from .app import Server
-from .errors import HttpError
 
 _logger = logging.getLogger(__name__)
 
@@ -51,19 +52,36 @@ class Process:
 
 
 class _Protocol(H11Protocol):
-    """Closes a connection whose request's headers do not arrive: uvicorn's own clock starts behind the first answer."""
+    """Closes a connection on which a request begins and does not arrive: uvicorn's clock runs between requests only."""
+
+    _arriving: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._waiting = self.loop.call_later(_HEADER_SECONDS, self._give_up)
+        self._watch()
 
-    def _give_up(self) -> None:
-        if self.cycle is None:
-            self.transport.close()
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._waiting.cancel()
         super().connection_lost(exc)
+        if self._arriving is not None:
+            self._arriving.cancel()
+
+    def _watch(self) -> None:
+        """Runs the clock while headers arrive, and while a body arrives that was answered before its end."""
+        headers = self.conn.their_state is h11.IDLE and self.timeout_keep_alive_task is None
+        if headers or (self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE):
+            if self._arriving is None:
+                self._arriving = self.loop.call_later(_HEADER_SECONDS, self.transport.close)
+        elif self._arriving is not None:
+            self._arriving.cancel()
+            self._arriving = None
 
 
 class _Uvicorn(uvicorn.Server):
@@ -94,17 +112,12 @@ def is_public(host: str) -> bool:
         return host != "localhost"
 
 
-async def serve(server: Server, process: Process, listening: socket.socket) -> None:
-    """Serves until the process is told to end (SIGINT or SIGTERM).
-
-    Then it is no longer ready, running answers finish or are cut after `drain` seconds, and it ends; at once, if it is
-    told a second time.
-    """
-    loop = asyncio.get_running_loop()
-    loop.set_default_executor(RequestExecutor())
+def http_server(app: ASGIApp) -> uvicorn.Server:
+    """uvicorn over an app, with this module's limits. It takes no signals: set `should_exit` to end it."""
     config = uvicorn.Config(
-        server.app,
+        app,
         http=_Protocol,
+        ws="none",
         h11_max_incomplete_event_size=_HEADER_BYTES,
         lifespan="off",
         access_log=False,
@@ -113,7 +126,21 @@ async def serve(server: Server, process: Process, listening: socket.socket) -> N
         timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=_LAST_BYTES,
     )
-    uvicorn_server = _Uvicorn(config)
+    return _Uvicorn(config)
+
+
+async def serve(server: Server, process: Process, listening: socket.socket) -> None:
+    """Serves until the process is told to end (SIGINT or SIGTERM).
+
+    Then it is no longer ready, running answers finish or are cut after `drain` seconds, and it ends; at once, if it is
+    told a second time.
+
+    Raises:
+        HttpError: a model that was to be loaded at the start cannot be.
+    """
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(RequestExecutor())
+    uvicorn_server = http_server(server.app)
     ending: list[asyncio.Task[None]] = []
 
     async def end() -> None:
@@ -128,15 +155,25 @@ async def serve(server: Server, process: Process, listening: socket.socket) -> N
         else:
             ending.append(loop.create_task(end()))
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, told)
-    try:
+    async def start() -> None:
         try:
             await server.models.start(process.preload)
-        except HttpError:
-            if server.draining:  # told to end while models were loaded
-                return
+        except BaseException:
+            if not ending:
+                uvicorn_server.should_exit = True
             raise
+        server.starting = False
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, told)
+    # Whoever watches over the process is answered while models are loaded.
+    server.starting = True
+    starting = loop.create_task(start())
+    try:
         await uvicorn_server.serve(sockets=[listening])
+        if starting.done() and not ending:
+            await starting
     finally:
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
         await server.models.close(0.0)

@@ -5,7 +5,6 @@ one answer's pieces at most, and a reader that takes nothing for too long loses 
 """
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -20,6 +19,7 @@ from phi3_mlflow.runtime.answers import Piece
 from phi3_mlflow.runtime.runs import Event, Run
 
 from .errors import HttpError, http_error
+from .wire import encode
 
 _logger = logging.getLogger(__name__)
 
@@ -74,7 +74,8 @@ class Pieces:
             while left:
                 patience = max(0.0, self._deadline - time.monotonic()) + _GRACE
                 try:
-                    place, event = await asyncio.wait_for(self._events.get(), patience)
+                    async with asyncio.timeout(patience):  # wait_for may lose a cancellation that comes with an event
+                        place, event = await self._events.get()
                 except TimeoutError:
                     message = "the model has not come back in time; the server's log may say why"
                     raise HttpError(503, message, kind="server_error", code="timeout", retry_after=30) from None
@@ -91,8 +92,8 @@ class Pieces:
 
 def event(data: Any, name: str | None = None) -> bytes:
     """One server-sent event (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return (f"event: {name}\n" if name else "").encode() + f"data: {text}\n\n".encode()
+    text = data.encode() if isinstance(data, str) else encode(data)
+    return (f"event: {name}\n" if name else "").encode() + b"data: " + text + b"\n\n"
 
 
 async def while_connected(receive: Receive, work: Awaitable[Result]) -> Result:
@@ -175,7 +176,8 @@ class EventStream(Response):
 
     async def _write(self, send: Send, message: Message) -> None:
         try:
-            await asyncio.wait_for(send(message), self._write_timeout)
+            async with asyncio.timeout(self._write_timeout):
+                await send(message)
         except TimeoutError:
             _logger.info("a client took nothing for %g seconds and is given up", self._write_timeout)
             raise ClientLeft from None
