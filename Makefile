@@ -10,15 +10,15 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 EXTRAS := azure,dev,notebooks,openvino,quantize,serve,spark,transformers,ui
 
-.PHONY: demo setup test lint bench soak clean chromium
+.PHONY: demo setup test lint bench soak clean chromium nginx
 
 # The demo needs less than the tests do, and is somebody's first impression: it installs just that.
 demo: .venv/.core
 	$(BIN)/python scripts/demo.py
 
-setup: .venv/.all .azurite/.installed chromium
+setup: .venv/.all .azurite/.installed .node/.installed chromium nginx
 
-test: .venv/.all .azurite/.installed chromium
+test: .venv/.all .azurite/.installed .node/.installed chromium nginx
 	$(BIN)/python -m pytest
 
 lint: .venv/.all
@@ -38,7 +38,7 @@ soak: .venv/.all
 	$(BIN)/python benchmarks/soak.py --minutes 30
 
 clean:
-	rm -rf .venv .azurite .bench .demo
+	rm -rf .venv .azurite .node .bench .demo
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -73,3 +73,17 @@ chromium:
 	    echo "Installing chromium ..." && apt-get update -qq && \
 	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; \
 	  else echo "The chat page's tests need chromium and chromedriver: apt-get install chromium chromium-driver"; fi
+
+# The proxy in front of `serve` in its tests, likewise.
+nginx:
+	@PATH="$$PATH:/usr/sbin"; command -v nginx >/dev/null || \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "Installing nginx ..." && apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends nginx-light >/dev/null; \
+	  else echo "A test of docs/serve.md needs nginx: apt-get install nginx-light"; fi
+
+# OpenAI's JavaScript client, which the tests point at the server.
+.node/.installed:
+	@mkdir -p .node
+	npm install --prefix .node --no-save --silent openai@7.57.0
+	@touch $@
