@@ -163,7 +163,8 @@ class Shape:
             "output": [self._message("incomplete" if cut else "completed", choice.text)],
             "usage": {
                 "input_tokens": counts["prompt_tokens"],
-                "input_tokens_details": counts["prompt_tokens_details"],
+                # Nothing is stored for a price: what the cache holds is what was computed anyway.
+                "input_tokens_details": {**counts["prompt_tokens_details"], "cache_write_tokens": 0},
                 "output_tokens": counts["completion_tokens"],
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": counts["total_tokens"],
