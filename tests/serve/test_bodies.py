@@ -198,7 +198,7 @@ def test_completions_have_openais_shape_and_repeat_the_prompt_where_asked(servic
         assert choice["logprobs"]["token_logprobs"][0] is None
         choice["logprobs"]["token_logprobs"][0] = 0.0
     Completion.model_validate(answer, strict=True)
-    assert [choice["text"] for choice in answer["choices"]] == ["hellohello world", "worldhello world"]
+    assert [choice["text"] for choice in answer["choices"]] == ["hello hello world", "world hello world"]
 
 
 def test_responses_have_openais_shape(service):
