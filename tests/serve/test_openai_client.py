@@ -209,7 +209,7 @@ def test_echo_with_log_probabilities_covers_the_prompt(client, model):
     assert likely.tokens[0] == "<s>"
     assert "".join(likely.tokens[1:]).lstrip() == answer.choices[0].text
     assert likely.text_offset == sorted(likely.text_offset)
-    assert len(likely.tokens) == len(likely.text_offset) == answer.usage.total_tokens
+    assert len(likely.tokens) == len(likely.text_offset) >= answer.usage.prompt_tokens
     assert likely.token_logprobs[0] is None
     assert all(value <= 0 for value in likely.token_logprobs[1:])
     # Worse than chance over a vocabulary would be wrong: this is what the model was trained on.
