@@ -10,15 +10,15 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 EXTRAS := azure,dev,notebooks,openvino,quantize,serve,spark,transformers,ui
 
-.PHONY: demo setup test lint bench soak clean chromium nginx
+.PHONY: demo setup test lint bench soak clean programs
 
 # The demo needs less than the tests do, and is somebody's first impression: it installs just that.
 demo: .venv/.core
 	$(BIN)/python scripts/demo.py
 
-setup: .venv/.all .azurite/.installed .node/.installed chromium nginx
+setup: .venv/.all .azurite/.installed .node/.installed programs
 
-test: .venv/.all .azurite/.installed .node/.installed chromium nginx
+test: .venv/.all .azurite/.installed .node/.installed programs
 	$(BIN)/python -m pytest
 
 lint: .venv/.all
@@ -66,21 +66,18 @@ endif
 	npm install --prefix .azurite --no-save --silent azurite@3.37.0
 	@touch $@
 
-# The browser of the chat page's tests: where it is missing, Debian's, if this may install it.
-chromium:
-	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
-	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    echo "Installing chromium ..." && apt-get update -qq && \
-	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; \
-	  else echo "The chat page's tests need chromium and chromedriver: apt-get install chromium chromium-driver"; fi
-
-# The proxy in front of `serve` in its tests, likewise.
-nginx:
-	@PATH="$$PATH:/usr/sbin"; command -v nginx >/dev/null || \
-	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    echo "Installing nginx ..." && apt-get update -qq && \
-	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends nginx-light >/dev/null; \
-	  else echo "A test of docs/serve.md needs nginx: apt-get install nginx-light"; fi
+# Programs that tests run, from Debian where this may install them: the chat page's browser, a proxy in front of
+# `serve`, Spark's Java.
+programs:
+	@missing=; export PATH="$$PATH:/usr/sbin"; \
+	for pair in chromium:chromium chromedriver:chromium-driver nginx:nginx-light java:default-jre-headless; do \
+	  command -v "$${pair%%:*}" >/dev/null || missing="$$missing $${pair#*:}"; \
+	done; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "Installing$$missing ..." && apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+	else echo "Some tests need$$missing: install these packages"; fi
 
 # OpenAI's JavaScript client, which the tests point at the server.
 .node/.installed:

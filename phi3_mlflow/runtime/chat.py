@@ -83,7 +83,7 @@ def parse_completion(body: Mapping[str, Any], defaults: Options, *, template: bo
     values = _given(body, stream=stream)
     prompt = values.pop("prompt", None)
     if not isinstance(prompt, list) or template:
-        prompt = _check_text("prompt", prompt)
+        prompt = check_text("prompt", prompt)
     elif not prompt or not all(type(token) is int and token >= 0 for token in prompt):
         raise InvalidRequest("prompt", f"is {shorten(prompt)}; as a list it must hold at least one id, and ids alone")
     if values.get("context_overflow") == "drop_oldest":
@@ -274,11 +274,16 @@ def _check_messages(messages: Any) -> tuple[Message, ...]:
         role = message.get("role")
         if role not in ROLES:
             raise InvalidRequest(f"{name}.role", f"is {shorten(role)}; it must be one of {', '.join(ROLES)}")
-        checked.append({"role": role, "content": _check_text(f"{name}.content", message.get("content"))})
+        checked.append({"role": role, "content": check_text(f"{name}.content", message.get("content"))})
     return tuple(checked)
 
 
-def _check_text(name: str, text: Any) -> str:
+def check_text(name: str, text: Any) -> str:
+    """A text that a model can be given.
+
+    Raises:
+        InvalidRequest: it is empty, no string, or has a character that no text has.
+    """
     if not isinstance(text, str) or not text:
         raise InvalidRequest(name, f"is {shorten(text)}; it must be a string of at least one character")
     if found := _CONTROL_CHARACTERS.search(text):

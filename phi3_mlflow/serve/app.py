@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -76,6 +76,7 @@ class Server:
         feedback: takes a trace's id and what somebody thinks of the answer.
         page: further routes, open to everybody.
         origins: of pages that may call from a browser.
+        hosts: names by which the server may be called; None for any.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Server:
         feedback: Callable[[str, bool], Awaitable[None]] | None = None,
         page: Sequence[BaseRoute] = (),
         origins: Sequence[str] = (),
+        hosts: Collection[str] | None = None,
     ):
         self.models = models
         self.limits = limits
@@ -116,7 +118,9 @@ class Server:
         ]
         open_paths = {"/ping", "/health", "/ready", "/version", *(route.path for route in page)}  # type: ignore[attr-defined]
         middleware = [
-            Middleware(Gate, keys=keys, limits=limits, observers=observers, open_paths=open_paths, server=self)
+            Middleware(
+                Gate, keys=keys, limits=limits, observers=observers, open_paths=open_paths, server=self, hosts=hosts
+            )
         ]
         if origins:
             cors = Middleware(
@@ -374,9 +378,11 @@ def json_object(content_type: str | None, content: bytes) -> dict[str, Any]:
     Raises:
         HttpError: it is none.
     """
-    kind = (content_type or "application/json").partition(";")[0].strip().lower()
+    # Also where it is missing: a page of another site may post without a type, and without asking first.
+    kind = (content_type or "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise HttpError(415, f"the content type is {shorten(kind)}; it must be application/json")
+        given = f"is {shorten(kind)}" if kind else "is missing"
+        raise HttpError(415, f"the content type {given}; it must be application/json")
     try:
         body = json.loads(content, parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError) as error:

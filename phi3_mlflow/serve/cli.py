@@ -82,6 +82,8 @@ def serve(
       phi3-mlflow serve models:/phi3@champion --watch --preload
       phi3-mlflow serve --name fast=models:/phi3-onnx/1 --name exact=models:/phi3-transformers/1
     """
+    from mlflow.models import get_model_info
+
     from phi3_mlflow.cli import parse_config
     from phi3_mlflow.terminal import given_or_embedded
 
@@ -109,6 +111,8 @@ def serve(
         specs = [Spec(*each) for each in _names(named, uris)]
         if not specs:
             specs = [Spec("phi3", stack.enter_context(given_or_embedded(None)))]
+        for spec in specs:
+            get_model_info(spec.uri)  # what is nowhere is told at once
         models = Models(
             specs,
             max_loaded=max_loaded,
@@ -147,6 +151,7 @@ def serve(
             feedback=None if traces is None else traces.feedback,
             page=page.routes(),
             origins=cors,
+            hosts=None if known or is_public(host) else {"localhost", "127.0.0.1", "::1", host},
         )
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         click.echo(f"Serving {', '.join(spec.name for spec in specs)} at {address}", err=True)

@@ -11,6 +11,8 @@ from typing import Protocol
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from phi3_mlflow.runtime.errors import shorten
+
 from .errors import HttpError, http_error
 from .keys import Keys
 from .records import Observer, Record
@@ -44,6 +46,8 @@ class Gate:
         observers: are told of every request.
         open_paths: need no key, and no room.
         server: says whether requests are still taken, and is told how many are under way.
+        hosts: names by which the server may be called, so that no page on the web gets at it under a name of its own
+            (DNS rebinding); None for any.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class Gate:
         observers: Sequence[Observer],
         open_paths: Collection[str],
         server: _Server,
+        hosts: Collection[str] | None = None,
     ):
         self._app = app
         self._keys = keys
@@ -62,6 +67,7 @@ class Gate:
         self._observers = observers
         self._open = tuple(open_paths)
         self._server = server
+        self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, whatever happens."""
@@ -70,7 +76,7 @@ class Gate:
             return
         headers = Headers(scope=scope)
         record = Record(
-            scope["method"],
+            scope["method"][:20],
             scope["path"][:_HEADER],
             client=(scope.get("client") or [None])[0],
             session=_short(headers.get("x-session-id")),
@@ -106,6 +112,10 @@ class Gate:
                 observer.ended(record)
 
     def _check(self, scope: Scope, headers: Headers, record: Record) -> None:
+        host = _hostname(headers.get("host", ""))
+        if self._hosts is not None and host not in self._hosts:
+            problem = f"the server is not called {shorten(host)} here: it answers to {', '.join(sorted(self._hosts))}"
+            raise HttpError(403, f"{problem}, or to any name where it has API keys", code="forbidden_host")
         if scope["path"] in self._open or (scope["path"] == "/" and "/" in self._open):
             return
         if self._keys:
@@ -141,6 +151,11 @@ class Gate:
 
     def _too_large(self) -> HttpError:
         return HttpError(413, f"the body is larger than {self._limits.body} bytes; send less", code="body_too_large")
+
+
+def _hostname(host: str) -> str:
+    """The name in a Host header, without its port."""
+    return host.partition("]")[0].removeprefix("[") if host.startswith("[") else host.partition(":")[0].lower()
 
 
 def _short(value: str | None) -> str | None:

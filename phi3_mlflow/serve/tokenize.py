@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from phi3_mlflow.runtime.chat import check_text
 from phi3_mlflow.runtime.errors import InvalidRequest, shorten
 from phi3_mlflow.runtime.options import Flag, Options
 from phi3_mlflow.runtime.service import Service
@@ -10,6 +11,8 @@ from phi3_mlflow.runtime.service import Service
 from . import openai
 
 _MOST_TOKENS = 1_000_000
+# Reading holds up everybody else.
+_MOST_CHARACTERS = 200_000
 
 
 def tokenize(body: Mapping[str, Any], service: Service) -> dict[str, Any]:
@@ -32,14 +35,19 @@ def tokenize(body: Mapping[str, Any], service: Service) -> dict[str, Any]:
     else:
         special = Flag().check("add_special_tokens", values.pop("add_special_tokens", True))
         prompt = values.pop("prompt", None)
-        if not isinstance(prompt, str):
-            raise InvalidRequest("prompt", f"is {shorten(prompt)}; it must be a string, or give `messages`")
+        if prompt is None:
+            raise InvalidRequest("prompt", "is missing; give it, or `messages`")
+        text = check_text("prompt", prompt)
+        if len(text) > _MOST_CHARACTERS:
+            raise InvalidRequest("prompt", f"has {len(text)} characters; at most {_MOST_CHARACTERS} are read at once")
         for name in values:
             raise InvalidRequest(name, "is not a field of this request")
-        ids = service.tokens.encode_text(prompt, bos=special)
+        ids = service.tokens.encode_text(text, bos=special)
     found: dict[str, Any] = {"count": len(ids), "max_model_len": service.context_length, "tokens": ids}
-    text = service.tokens.decoder()
-    return found | {"token_strs": [text.piece(token).decode("utf-8", "replace") for token in ids] if strings else None}
+    decoder = service.tokens.decoder()
+    return found | {
+        "token_strs": [decoder.piece(token).decode("utf-8", "replace") for token in ids] if strings else None
+    }
 
 
 def detokenize(body: Mapping[str, Any], service: Service) -> dict[str, Any]:
