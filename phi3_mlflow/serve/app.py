@@ -200,8 +200,8 @@ class Server:
         """MLflow's own route, by MLflow's own app; or as a stream, where the body asks for one."""
         content = await self._content(request)
         async with AsyncExitStack() as stack:
-            loaded, record = await self._lease(stack, request, {})
             body = invocations.streamed(request.headers.get("content-type"), content)
+            loaded, record = await self._lease(stack, request, {} if body is None else body)
             if body is None:
                 return await while_connected(request.receive, invocations.forward(loaded.scoring, request, content))
             service = loaded.service

@@ -240,6 +240,13 @@ def test_a_cancellation_that_comes_with_a_piece_is_not_lost(turns):
         quiet.close()
 
 
+def test_the_model_of_a_stream_of_invocations_is_no_option():
+    with running(service()) as server:
+        text = server.post(BODY | {"stream": True, "model": "phi3"}, "/invocations").text
+
+        assert "".join(line["choices"][0]["delta"].get("content", "") for line in events(text)) == "abcdefghi"
+
+
 def test_a_client_that_leaves_within_its_body_is_no_error(caplog):
     with running(service()) as server:
         with server.connect() as connection:
