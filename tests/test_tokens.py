@@ -241,6 +241,25 @@ def test_long_conversations_are_encoded_like_short_ones():
     assert TOKENS.encode_chat(messages) == whole.encode(render(messages), add_special_tokens=False).ids
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'a' * 3000000000 }}",
+        "{{ 3000000000 * [0] }}",
+        "{{ 2 ** 99999999 }}",
+        "{% include 'other' %}",
+        "{{ messages[0]['content'] | nothing }}",
+    ],
+)
+def test_a_template_that_would_take_all_memory_or_cannot_be_rendered_is_refused_in_words(template):
+    with pytest.raises(WeightsError, match="the tokenizer's chat template"):
+        tokens(chat_template=template)
+
+
+def test_a_template_may_repeat_a_little():
+    assert tokens(chat_template="{{ '-' * 3 }}" + CHAT_TEMPLATE)
+
+
 def test_a_tokenizer_is_read_from_a_folder_and_a_template_file_wins(tmp_path):
     with pytest.raises(WeightsError, match=r"tokenizer in .* cannot be read"):
         Tokens.from_folder(tmp_path)

@@ -1,6 +1,7 @@
 """What a folder of weights may hold. Run: pytest tests/test_trust.py."""
 
 import json
+import os
 import re
 import shutil
 import struct
@@ -447,3 +448,25 @@ class TestTransformers:
         model = mlflow.pyfunc.load_model(result.stdout.strip())
         assert "Madrid" in model.predict(question)[0]["choices"][0]["message"]["content"]
         assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("kind", ["past", "present"])
+@pytest.mark.parametrize(
+    "name", ["%s", "%n", "%2$n", "past.%d.%d", "%%d", "%5d", "past.key", "a" * 60 + "%d", "past %d", ""]
+)
+def test_names_that_reach_printf_hold_nothing_of_it_but_one_number(tmp_path, kind, name):
+    copy = shutil.copytree(ARTIFACTS / "onnx", tmp_path / "onnx")
+    path = copy / "genai_config.json"
+    content = json.loads(path.read_text("utf-8"))
+    decoder = content["model"]["decoder"]
+    decoder["inputs" if kind == "past" else "outputs"][f"{kind}_key_names"] = name
+    path.write_text(json.dumps(content), "utf-8")
+    with pytest.raises(WeightsError, match=rf"{kind}_key_names .* with one %d for the layer"):
+        trust.check(copy)
+
+
+def test_what_is_no_plain_file_is_refused(tmp_path):
+    copy = shutil.copytree(ARTIFACTS / "onnx", tmp_path / "onnx")
+    os.mkfifo(copy / "pipe")
+    with pytest.raises(WeightsError, match="pipe is no plain file"):
+        trust.check(copy)

@@ -6,9 +6,12 @@ import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
+
+if TYPE_CHECKING:
+    from .served import Spec
 
 
 def _names(given: tuple[str, ...], uris: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -26,6 +29,20 @@ def _names(given: tuple[str, ...], uris: tuple[str, ...]) -> list[tuple[str, str
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise click.UsageError(f"two models would be called {twice[0]!r}: give them names with --name NAME=URI")
     return named
+
+
+def _look_up(spec: "Spec") -> None:
+    """Tells at once what is nowhere, and not at its first request."""
+    import mlflow
+    from mlflow.models import get_model_info
+
+    from .server import ServeError
+
+    try:
+        get_model_info(spec.uri)
+    except (mlflow.MlflowException, OSError, ValueError) as error:
+        place = f"{spec.uri} was looked for in {mlflow.get_tracking_uri()}"
+        raise ServeError(f"the model `{spec.name}` cannot be loaded: {str(error).splitlines()[0]} ({place})") from error
 
 
 @click.command()
@@ -82,8 +99,6 @@ def serve(
       phi3-mlflow serve models:/phi3@champion --watch --preload
       phi3-mlflow serve --name fast=models:/phi3-onnx/1 --name exact=models:/phi3-transformers/1
     """
-    from mlflow.models import get_model_info
-
     from phi3_mlflow.cli import parse_config
     from phi3_mlflow.terminal import given_or_embedded
 
@@ -112,7 +127,7 @@ def serve(
         if not specs:
             specs = [Spec("phi3", stack.enter_context(given_or_embedded(None)))]
         for spec in specs:
-            get_model_info(spec.uri)  # what is nowhere is told at once
+            _look_up(spec)
         models = Models(
             specs,
             max_loaded=max_loaded,

@@ -112,7 +112,7 @@ class Gate:
                 observer.ended(record)
 
     def _check(self, scope: Scope, headers: Headers, record: Record) -> None:
-        host = _hostname(headers.get("host", ""))
+        host = _hostname(headers.get("host", "localhost"))  # no browser leaves it out
         if self._hosts is not None and host not in self._hosts:
             problem = f"the server is not called {shorten(host)} here: it answers to {', '.join(sorted(self._hosts))}"
             raise HttpError(403, f"{problem}, or to any name where it has API keys", code="forbidden_host")

@@ -156,7 +156,7 @@ def endless(tokens: int = 4000, **more: Any) -> dict[str, Any]:
 def raw(method: str, path: str, body: Any = None, headers: Sequence[str] = (), version: str = "1.1") -> bytes:
     """A request as it goes over the wire."""
     content = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-    lines = [f"{method} {path} HTTP/{version}", "Host: x", *headers]
+    lines = [f"{method} {path} HTTP/{version}", "Host: localhost", *headers]
     if body is not None:
         lines += ["Content-Type: application/json", f"Content-Length: {len(content)}"]
     return "\r\n".join([*lines, "", ""]).encode() + content
