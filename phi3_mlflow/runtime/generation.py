@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Collection
+from dataclasses import replace
 
 import numpy as np
 
@@ -119,7 +120,12 @@ class Generation:
         token = self._sampler(logits)
         self.sampled += 1
         if token in self._eos:
-            return self.end("eos")
+            ended = self.end("eos")
+            if self._echo is None:
+                return ended
+            # Who has the prompt echoed counts its tokens from both ends: each token of the answer has its place.
+            last = TokenLogprob(self._written, self._text.piece(token), logprob(raw, token, 0).logprob)
+            return replace(ended, logprobs=[*(ended.logprobs or ()), last])
         if self._grammar is not None:
             self._grammar.accept(token)
         written = self._text.step(token)
