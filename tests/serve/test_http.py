@@ -187,7 +187,9 @@ def test_requests_that_follow_each_other_without_waiting_are_answered_in_their_o
 def test_a_body_in_chunks_is_taken(server):
     content = json.dumps(chat()).encode()
 
-    answer = httpx.post(server.address + CHAT, content=iter([content[:9], content[9:]]), timeout=PATIENCE)
+    parts = iter([content[:9], content[9:]])
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(server.address + CHAT, content=parts, headers=headers, timeout=PATIENCE)
 
     assert answer.json()["choices"][0]["message"]["content"] == MADRID
 
