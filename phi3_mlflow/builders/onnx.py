@@ -171,7 +171,9 @@ def plan(
     Raises:
         WeightsError, InvalidRequest, BuildError: as for save_model.
     """
-    openvino = ("openvino",) if (model_config or {}).get("engine") == "openvino" else ()
+    # What is no mapping is refused below.
+    chosen = model_config.get("engine") if isinstance(model_config, Mapping) else None
+    openvino = ("openvino",) if chosen == "openvino" else ()
     packages = common.requirements("onnxruntime", "onnxruntime-genai", *openvino)
     task, needed = common.for_target(target, task, packages, extra_pip_requirements)
     own = common.own_metadata(metadata)

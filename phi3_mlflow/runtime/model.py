@@ -213,8 +213,7 @@ class Predictor:
         except Exception as error:
             raise clean(error) from None
         pieces = self._stream(run, {"rows": [row], "params": params})
-        # A generator that was never begun does not get to its `finally`.
-        weakref.finalize(pieces, run.cancel).atexit = False
+        run.cancel_with(pieces)
         return pieces
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from array import array
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from .answers import Answer, Choice, Piece
 from .errors import Unavailable
@@ -85,6 +86,11 @@ class Run:
         for job in self.jobs:
             job.cancel()
 
+    def cancel_with(self, pieces: Iterator[Any]) -> None:
+        """Cancels the run when an iterator is gone: a generator that was never begun does not get to its `finally`."""
+        # Weakly, because the iterator may hang on the run's own error, and what is to be called holds on to nothing.
+        weakref.finalize(pieces, _cancel, weakref.ref(self)).atexit = False
+
     def wait(self) -> Answer:
         """The whole answer.
 
@@ -103,8 +109,7 @@ class Run:
         """
         self._take()
         pieces = self._pieces()
-        # A generator that was never begun does not get to its `finally`.
-        weakref.finalize(pieces, self.cancel).atexit = False
+        self.cancel_with(pieces)
         return pieces
 
     def _pieces(self) -> Iterator[Piece]:
@@ -267,6 +272,11 @@ class Table:
                     yield row, event
         finally:
             self.cancel()
+
+
+def _cancel(run: "weakref.ref[Run]") -> None:
+    if (left := run()) is not None:
+        left.cancel()
 
 
 def _stuck() -> Unavailable:
