@@ -52,6 +52,15 @@ class Terminal:
             assert left > 0, f"{text!r} was not shown: {self.shown!r}"
             assert self._read(left), f"ended before {text!r} was shown: {self.shown!r}"
 
+    def see_prompt_after(self, text: str) -> None:
+        """Waits until a prompt stands behind the text: the one before it is drawn again with what is typed."""
+        self.see(text)
+        shown = re.escape(text) + r"[^>]*>"
+        end = time.monotonic() + 60
+        while not re.search(shown, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.shown)):
+            assert time.monotonic() < end, f"no prompt after {text!r}: {self.shown!r}"
+            assert self._read(0.1), f"ended before a prompt was shown: {self.shown!r}"
+
     def end(self, seconds: float = 60) -> int:
         """Waits for the end of the process: its exit code."""
         end = time.monotonic() + seconds
@@ -86,8 +95,7 @@ def chat(request, saved, tmp_path):
 
 def test_ctrl_c_clears_the_line_and_keeps_the_conversation_and_ctrl_d_ends(chat):
     chat.type("What is the capital of Spain?\r")
-    chat.see("The capital of Spain is Madrid.")
-    chat.see(">")
+    chat.see_prompt_after("The capital of Spain is Madrid.")
     chat.type("And what nonsense is")
     time.sleep(0.5)
     chat.type("\x03")
@@ -95,8 +103,7 @@ def test_ctrl_c_clears_the_line_and_keeps_the_conversation_and_ctrl_d_ends(chat)
     chat.type("\x03")
     chat.see(">")
     chat.type("And of France?\r")
-    chat.see("Paris")
-    chat.see(">")
+    chat.see_prompt_after("Paris")
     chat.type("\x04")
 
     assert chat.end() == 0
