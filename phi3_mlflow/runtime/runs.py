@@ -116,7 +116,7 @@ class Run:
         try:
             while True:
                 try:
-                    event = self._events.get(timeout=self._patience())
+                    event = self._events.get(timeout=_patience(self._deadline))
                 except queue.Empty:
                     raise _stuck() from None
                 if isinstance(event, Exception):
@@ -143,7 +143,9 @@ class Run:
         try:
             while True:
                 try:
-                    async with asyncio.timeout(self._patience()):  # wait_for may lose a cancellation in Python 3.11
+                    async with asyncio.timeout(
+                        _patience(self._deadline)
+                    ):  # wait_for may lose a cancellation in Python 3.11
                         event = await events.get()
                 except TimeoutError:
                     raise _stuck() from None
@@ -159,10 +161,6 @@ class Run:
         if self._taken:
             raise RuntimeError("the pieces of this run are taken already")
         self._taken = True
-
-    def _patience(self) -> float | None:
-        """Seconds to wait for the next event: for ever without a deadline, since the thread's end is an event too."""
-        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic()) + _GRACE
 
     def _deliver(self, event: Event) -> None:
         if not self._open:
@@ -257,9 +255,8 @@ class Table:
         left = dict.fromkeys(self._rows)
         try:
             while left:
-                patience = None if self._deadline is None else max(0.0, self._deadline - time.monotonic()) + _GRACE
                 try:
-                    event = self._events.get(timeout=patience)
+                    event = self._events.get(timeout=_patience(self._deadline))
                 except queue.Empty:
                     event = _stuck()
                 if isinstance(event, int):
@@ -277,6 +274,11 @@ class Table:
 def _cancel(run: "weakref.ref[Run]") -> None:
     if (left := run()) is not None:
         left.cancel()
+
+
+def _patience(deadline: float | None) -> float | None:
+    """Seconds to wait for the next event: for ever without a deadline, since the thread's end is an event too."""
+    return None if deadline is None else max(0.0, deadline - time.monotonic()) + _GRACE
 
 
 def _stuck() -> Unavailable:
