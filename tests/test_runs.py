@@ -335,8 +335,8 @@ def test_a_table_makes_only_a_window_of_its_answers(load):
         if count == 200:
             break
     table.cancel()
-    # Four slots, the row that waits, and what ended while this thread did not look.
-    assert n <= most < 200 * n
+    # Four slots and the row that waits; of what ended only the answer is kept, however slowly it is taken.
+    assert n <= most <= 6 * n
 
 
 def test_a_table_of_a_hundred_thousand_rows_takes_little_memory_and_ends_with_its_deadline(load):

@@ -42,7 +42,7 @@ class Run:
     Attributes:
         answer: what has come so far.
         error: what ended the request, where it failed.
-        jobs: one for each choice.
+        jobs: one for each choice, until the request has ended.
         came, begun, first_token, ended: when, on time.monotonic()'s clock; 0 for what has not happened yet.
         gaps: seconds between each token of a choice and the one before it.
         on_end: called in the scheduler's thread when all choices have ended, or one failed.
@@ -173,7 +173,9 @@ class Run:
             if not (event.text or event.reason):
                 return
         if not self._open:
+            self.begun = self.jobs[0].admitted
             self.ended = time.monotonic()  # before whoever takes the last piece looks
+            self.jobs.clear()  # each of them holds this run
         try:
             with self._way:
                 self._sink(event)
@@ -207,7 +209,7 @@ class Run:
 
 
 class Table:
-    """Many requests that came together. Each is made when its turn comes, and forgotten when its answer was taken.
+    """Many requests that came together. Each is made when its turn comes, and only its answer is kept when it ended.
 
     Args:
         rows: numbers of the requests, in the order in which they are to be served.
@@ -219,16 +221,18 @@ class Table:
         self._rows = rows
         self._make = make
         self._deadline = deadline
-        self._runs: dict[int, Run] = {}
-        # A row whose run has ended; None when no more will be begun; or what ends all that is left.
-        self._events: queue.SimpleQueue[int | Exception | None] = queue.SimpleQueue()
+        self._runs: dict[int, Run] = {}  # those under way
+        # Rows and how they ended, or what ends all that are left.
+        self._events: queue.SimpleQueue[tuple[Sequence[int], Answer | Exception | None] | Exception]
+        self._events = queue.SimpleQueue()
         self._cancelled = False
 
     def jobs(self) -> Iterator[Job]:
         """The jobs, one after the other, for the scheduler's queue."""
-        for row in self._rows:
+        for position, row in enumerate(self._rows):
             if self._cancelled or (self._deadline is not None and time.monotonic() >= self._deadline):
-                break
+                self._events.put((self._rows[position:], None))
+                return
             try:
                 run = self._runs[row] = self._make(row)
             except Exception as error:
@@ -236,9 +240,12 @@ class Table:
                 return
             if self._cancelled:  # while it was made, so that `cancel` may not have seen it
                 run.cancel()
-            run.on_end = partial(self._events.put, row)
+            run.on_end = partial(self._end, row)
             yield from run.jobs
-        self._events.put(None)
+
+    def _end(self, row: int) -> None:
+        run = self._runs.pop(row)
+        self._events.put(((row,), run.error or run.answer))
 
     def fail(self, error: Exception) -> None:
         """Ends all rows that have no answer with an error."""
@@ -259,14 +266,10 @@ class Table:
                     event = self._events.get(timeout=_patience(self._deadline))
                 except queue.Empty:
                     event = _stuck()
-                if isinstance(event, int):
-                    del left[event]
-                    run = self._runs.pop(event)
-                    yield event, run.error or run.answer
-                    continue
-                for row in [row for row in left if event is not None or row not in self._runs]:
+                rows, outcome = (list(left), event) if isinstance(event, Exception) else event
+                for row in rows:
                     del left[row]
-                    yield row, event
+                    yield row, outcome
         finally:
             self.cancel()
 

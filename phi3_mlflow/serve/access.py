@@ -88,7 +88,7 @@ def line(record: Record) -> dict[str, Any]:
         "completion_tokens": sum(c.tokens for answer in answers for c in answer.choices) if runs else None,
         "cached_tokens": sum(answer.cached_tokens for answer in answers) if runs else None,
         "finish_reasons": ["abort" if c.reason == "cancelled" else finish_reason(c.reason) for c in choices],
-        "queue_seconds": seconds(lambda run: run.came, lambda run: run.jobs[0].admitted),
+        "queue_seconds": seconds(lambda run: run.came, lambda run: run.begun),
         "first_token_seconds": seconds(lambda run: record.came, lambda run: run.first_token),
         "seconds": round(record.ended - record.came, 6) if record.ended else None,
         "trace": record.trace_id,

@@ -269,9 +269,8 @@ class Metrics:
         self._observe("vllm:request_prompt_tokens", model, run.answer.prompt_tokens)
         self._observe("vllm:request_generation_tokens", model, sum(choice.tokens for choice in choices))
         self._observe("vllm:inter_token_latency_seconds", model, *run.gaps)
-        admitted = run.jobs[0].admitted
-        if admitted:
-            self._observe("vllm:request_queue_time_seconds", model, admitted - run.came)
+        if run.begun:
+            self._observe("vllm:request_queue_time_seconds", model, run.begun - run.came)
         if run.first_token:
             self._observe("vllm:time_to_first_token_seconds", model, run.first_token - came)
             self._observe("vllm:request_prefill_time_seconds", model, run.first_token - run.begun)
