@@ -19,7 +19,7 @@ demo: .venv/.core
 setup: .venv/.all .azurite/.installed .node/.installed programs
 
 test: .venv/.all .azurite/.installed .node/.installed programs
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: .venv/.all
 	$(BIN)/ruff check .

@@ -225,6 +225,9 @@ class FakeDecoder:
         # An answer goes on only where what a failed step may have left is taken back.
         self._answers[slot] = self._answers[slot] and self._failed and length >= self._prompts[slot]
 
+    def reserve(self, slot: int, length: int) -> bool:
+        return True
+
     def copy(self, source: int, target: int, length: int) -> None:
         self._note("copy", target, [source, length])
         assert source != target

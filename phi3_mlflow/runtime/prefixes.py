@@ -84,7 +84,8 @@ class Prefixes:
 
     def enter(self, slot: Slot, generation: Generation) -> None:
         """Leaves in a slot what the prompt begins with, and notes what is still to be prefilled."""
-        self.keep(slot, self._reusable(slot, generation))
+        kept = self._decoder.reserve(slot.index, generation.most_tokens)
+        self.keep(slot, self._reusable(slot, generation) if kept else 0)
         slot.pending = generation.prompt[len(slot.tokens) :]
 
     def begin(self, slot: Slot, job: Job) -> None:

@@ -69,6 +69,9 @@ class Decoder(Protocol):
     def rewind(self, slot: int, length: int) -> None:
         """Forgets all but the first `length` tokens of a slot's sequence. What follows equals a fresh run."""
 
+    def reserve(self, slot: int, length: int) -> bool:
+        """Makes room for a sequence of so many tokens in a slot. Returns whether what it holds is still there."""
+
     def copy(self, source: int, target: int, length: int) -> None:
         """Makes a slot's sequence the first `length` tokens of another's. Not called where `slots` is 1."""
 

@@ -117,6 +117,10 @@ class BatchedDecoder:
         """See Decoder."""
         self._kv.truncate(self._rows[slot], length)
 
+    def reserve(self, slot: int, length: int) -> bool:
+        """See Decoder."""
+        return True
+
     def copy(self, source: int, target: int, length: int) -> None:
         """See Decoder."""
         self._kv.copy(self._rows[source], self._rows[target], length)

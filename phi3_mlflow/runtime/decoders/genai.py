@@ -18,6 +18,10 @@ import onnxruntime_genai as og
 # The runtime holds Python's global lock while it works. After a call of so many seconds or more the other threads get
 # this share of its time; without it, an answer to /ping, which takes the lock several times, waits for as many calls.
 _LONG, _REST = 0.01, 0.01
+# A generator fills the keys and values of its whole length with zeros when it is made, at full size 6 s for 4,096
+# tokens. So it gets the length of what is asked for: at first so many tokens, and this many times more where they do
+# not do, because what it held is then lost.
+_ROOM, _GROWTH = 256, 4
 
 
 class GenaiDecoder:
@@ -25,8 +29,7 @@ class GenaiDecoder:
 
     Args:
         folder: holds genai_config.json, the ONNX file with its data, and tokenizer.json.
-        context_length: at most this many tokens; None for all that the model has. The KV cache of the whole length is
-            reserved at the first request.
+        context_length: at most this many tokens; None for all that the model has.
         threads: for the matrix products; None leaves it to onnxruntime (one for each physical core).
 
     Raises:
@@ -57,6 +60,7 @@ class GenaiDecoder:
         eos = model["eos_token_id"]
         self.eos = frozenset(eos if isinstance(eos, list) else [eos])
         self._generator: og.Generator | None = None
+        self._room = 0  # tokens that were asked for; 0 before, when a generator has room for all
 
     def step(self, parts: Mapping[int, Part]) -> Mapping[int, np.ndarray]:
         """See Decoder."""
@@ -80,6 +84,15 @@ class GenaiDecoder:
             self._generator = None
             raise
 
+    def reserve(self, slot: int, length: int) -> bool:
+        """See Decoder."""
+        if length <= self._room:
+            return True
+        while self._room < min(length, self.context_length):
+            self._room = min(self._room * _GROWTH or _ROOM, self.context_length)
+        self._generator = None
+        return False
+
     def copy(self, source: int, target: int, length: int) -> None:
         """See Decoder."""
         raise NotImplementedError("there is one slot")
@@ -92,7 +105,7 @@ class GenaiDecoder:
     def _append(self, ids: Sequence[int]) -> None:
         if self._generator is None:
             params = og.GeneratorParams(self._model)
-            params.set_search_options(max_length=self.context_length, batch_size=1, do_sample=False)
+            params.set_search_options(max_length=self._room or self.context_length, batch_size=1, do_sample=False)
             self._generator = og.Generator(self._model, params)
         start = time.perf_counter()
         self._generator.append_tokens(np.asarray([ids], dtype=np.int32))

@@ -130,6 +130,10 @@ class OpenVinoDecoder:
         del self._ids[slot][length:]
         self._blocks.truncate(slot, length)
 
+    def reserve(self, slot: int, length: int) -> bool:
+        """See Decoder."""
+        return True
+
     def copy(self, source: int, target: int, length: int) -> None:
         """See Decoder. It takes no time and no memory: the blocks are shared."""
         self._ids[target] = self._ids[source][:length]

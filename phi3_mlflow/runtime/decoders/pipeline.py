@@ -67,6 +67,10 @@ class PipelineDecoder:
         elif surplus > 0:
             self._cache.crop(-surplus)
 
+    def reserve(self, slot: int, length: int) -> bool:
+        """See Decoder."""
+        return True
+
     def copy(self, source: int, target: int, length: int) -> None:
         """See Decoder."""
         raise NotImplementedError("there is one slot")
