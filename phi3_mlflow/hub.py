@@ -20,7 +20,7 @@ from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, filter_repo_objects
 
 from phi3_mlflow.runtime.errors import WeightsError, shorten
-from phi3_mlflow.runtime.manifest import hash_file
+from phi3_mlflow.runtime.hashes import hash_file
 
 # The client reads this at every request, so it also holds where it was imported before.
 constants.HF_HUB_DISABLE_TELEMETRY = True

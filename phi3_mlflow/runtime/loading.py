@@ -54,8 +54,8 @@ def load_onnx(folder: Path, config: Mapping[str, Any]) -> Service:
         FormatError, WeightsError: this runtime cannot read the model, or a file is missing or damaged.
         InvalidRequest: a setting is not allowed.
     """
-    settings_of(config)  # before gigabytes are hashed
-    manifest.verify(folder)
+    settings = settings_of(config)  # before gigabytes are hashed
+    manifest.verify(folder, full=settings.get("verify") == "full")
     return _onnx(folder, config)
 
 

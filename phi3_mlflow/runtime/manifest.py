@@ -12,12 +12,12 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from phi3_mlflow.runtime.errors import WeightsError, shorten
+from phi3_mlflow.runtime.hashes import hash_file, hash_once, why
 
 NAME = "manifest.json"
 ALGORITHM = "sha256"
 # A signature of the whole model, which is made after the manifest (sigstore's model-signing writes this name).
 SIGNATURE = "model.sig"
-_CHUNK = 2**20
 _MOST_BYTES = 16 * 2**20  # of a manifest
 
 
@@ -47,12 +47,13 @@ def write(folder: Path, within: Sequence[str] = ("",)) -> Path:
     return path
 
 
-def verify(folder: Path, within: Sequence[str] = ("",)) -> None:
+def verify(folder: Path, within: Sequence[str] = ("",), *, full: bool = True) -> None:
     """Checks that the folder holds exactly the files of its manifest, and that its model was logged with that manifest.
 
     Args:
         folder: a folder that `write` was called on, or a copy of it.
         within: as for `write`.
+        full: whether every file is read; else a large one only where it is not known from an earlier time.
 
     Raises:
         WeightsError: the manifest is missing or makes no sense, the model's MLmodel states the digest of another one or
@@ -60,13 +61,17 @@ def verify(folder: Path, within: Sequence[str] = ("",)) -> None:
             it; the message names the file.
     """
     check_stated(folder)
-    for _, problem in compare(folder, within):
+    for _, problem in compare(folder, within, hash_of=hash_file if full else hash_once):
         if problem is not None:
             raise WeightsError(problem)
 
 
 def compare(
-    folder: Path, within: Sequence[str] = ("",), progress: Callable[[int], None] | None = None
+    folder: Path,
+    within: Sequence[str] = ("",),
+    progress: Callable[[int], None] | None = None,
+    *,
+    hash_of: Callable[[Path, Callable[[int], None] | None], str] = hash_file,
 ) -> Iterator[tuple[str, str | None]]:
     """Compares files with the manifest: all names and sizes first, then all hashes.
 
@@ -74,6 +79,7 @@ def compare(
         folder: as for `verify`.
         within: as for `write`.
         progress: called with the number of bytes that were hashed since the last call.
+        hash_of: gives a file's hash.
 
     Yields:
         A name and what is wrong with that file, once or not at all for each file with a problem; at the end the name
@@ -90,7 +96,7 @@ def compare(
     for name, entry in files.items():
         if name in bad:
             continue
-        sha256 = hash_file(folder / name, progress)
+        sha256 = hash_of(folder / name, progress)
         if sha256 != entry["sha256"]:
             bad.add(name)
             yield (
@@ -165,29 +171,6 @@ def digest(folder: Path) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """The sha256 of a file, in hexadecimal.
-
-    Args:
-        path: the file.
-        progress: called with the number of bytes that were read since the last call.
-
-    Raises:
-        WeightsError: the file cannot be read.
-    """
-    hasher = hashlib.sha256()
-    try:
-        with path.open("rb", buffering=0) as file:
-            buffer = memoryview(bytearray(_CHUNK))
-            while count := file.readinto(buffer):
-                hasher.update(buffer[:count])
-                if progress:
-                    progress(count)
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be read: {_why(error)}") from error
-    return hasher.hexdigest()
-
-
 def _names(folder: Path, part: Path) -> Iterator[str]:
     """The files below a part of the folder as POSIX paths relative to the folder, without the manifest."""
     seen = set()
@@ -209,7 +192,7 @@ def _outside(folder: Path, within: Sequence[str], files: Mapping[str, Mapping[st
         try:
             size = (folder / name).stat().st_size
         except OSError as error:
-            yield name, f"{folder / name} is listed in {NAME} but cannot be read: {_why(error)}"
+            yield name, f"{folder / name} is listed in {NAME} but cannot be read: {why(error)}"
             continue
         if size != entry["size"]:
             yield (
@@ -231,7 +214,7 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise WeightsError(
-            f"{path} cannot be read: {_why(error)}. Without it the weights cannot be checked; log the model again"
+            f"{path} cannot be read: {why(error)}. Without it the weights cannot be checked; log the model again"
         ) from error
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is not JSON: copy it again, or log the model again") from error
@@ -259,7 +242,3 @@ def _check_entry(path: Path, name: str, entry: object) -> None:
     )
     if not well_formed:
         raise WeightsError(f"{path} lists {shorten(name)} with {shorten(entry)} instead of its size and sha256")
-
-
-def _why(error: OSError) -> str:
-    return "it is not there" if isinstance(error, FileNotFoundError) else str(error.strerror)

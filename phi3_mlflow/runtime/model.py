@@ -310,8 +310,8 @@ def load(folder: Path, config: Mapping[str, Any] | None = None) -> Predictor:
     if "artifacts" in flavor:
         service = loading.load_onnx(folder / flavor["artifacts"]["weights"]["path"], config)
     else:
-        settings_of(config)  # before gigabytes are hashed
-        manifest.verify(folder, trust.TRANSFORMERS_PARTS)
+        settings = settings_of(config)  # before gigabytes are hashed
+        manifest.verify(folder, trust.TRANSFORMERS_PARTS, full=settings.get("verify") == "full")
         trust.check_transformers(folder)
         import mlflow.transformers
 

@@ -20,6 +20,7 @@ SETTINGS: dict[str, Range | Bytes | OneOf | Flag] = {
     "prefix_reuse": OneOf(("exact", "all")),
     "idle_prefill": Flag(),
     "on_error": OneOf(("raise", "row")),
+    "verify": OneOf(("once", "full")),
 }
 
 
