@@ -1,6 +1,7 @@
 """Fixtures on the embedded model: saved, exported to fp32, and served. Built once for a test run."""
 
 import os
+import sys
 
 # Read when the libraries are first imported: no test may reach a network by accident.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,6 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# A process of pytest-xdist has no main file; pyspark takes that for a run of its own doctests, and exits.
+if not hasattr(sys.modules["__main__"], "__file__"):
+    sys.modules["__main__"].__file__ = pytest.__file__
 
 ROOT = Path(__file__).resolve().parent.parent
 

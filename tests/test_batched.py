@@ -355,7 +355,7 @@ def test_a_graph_that_takes_all_rows_to_be_of_one_length_is_found_out(folder):
 
 def test_a_model_that_cannot_batch_falls_back_to_genai_and_says_why(folder, caplog):
     change(folder, session_options={"inter_op_num_threads": 1})
-    predictor = load_onnx(folder, {"format": FORMAT, "parallel": 4, "threads": 1})
+    predictor = load_onnx(folder, {"format": FORMAT, "engine": "onnxruntime", "parallel": 4, "threads": 1})
     assert "`parallel` has no effect" in caplog.text
     assert "inter_op_num_threads" in caplog.text
     assert isinstance(predictor.service._scheduler._decoder, GenaiDecoder)
@@ -378,7 +378,8 @@ def test_threads_and_rows_get_their_own_answers_from_a_parallel_model(folder):
     alone = load_onnx(folder, {"format": FORMAT, "threads": 1})
     expected = {country: contents(alone, country)[0] for country in countries}
     alone.close()
-    predictor = load_onnx(folder, {"format": FORMAT, "parallel": 3, "kv_budget": "64MiB", "threads": 1})
+    config = {"format": FORMAT, "engine": "onnxruntime", "parallel": 3, "kv_budget": "64MiB", "threads": 1}
+    predictor = load_onnx(folder, config)
     assert predictor.service.statistics().capacity == 2**26 // TOKEN_BYTES
     found = {}
     threads = [
@@ -447,7 +448,7 @@ def test_more_requests_than_may_wait_are_told_to_come_back(folder):
 
 
 def test_cached_tokens_are_reported(folder):
-    predictor = load_onnx(folder, {"format": FORMAT, "threads": 1, "parallel": 2})
+    predictor = load_onnx(folder, {"format": FORMAT, "engine": "onnxruntime", "threads": 1, "parallel": 2})
     rows = pd.DataFrame({"messages": [[{"role": "user", "content": "The sky is blue. " * 20}]]})
     first, second = predictor.predict(rows)[0], predictor.predict(rows)[0]
     assert "cached_tokens" not in first["custom_outputs"]

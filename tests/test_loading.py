@@ -250,7 +250,7 @@ def _log_softmax(logits):
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-@pytest.mark.parametrize("name", ["genai", "batched", "pipeline"])
+@pytest.mark.parametrize("name", ["genai", "onnxruntime", "pipeline"])
 def test_the_log_probabilities_of_a_prompt_are_those_of_transformers(name, fp32_onnx):
     import torch
     import transformers
@@ -264,7 +264,9 @@ def test_the_log_probabilities_of_a_prompt_are_those_of_transformers(name, fp32_
     if name == "pipeline":
         decoder = PipelineDecoder(pipeline)
     else:
-        decoder = loading.onnx_decoder(fp32_onnx, {"threads": 1, "parallel": 1 if name == "genai" else 2})
+        decoder = loading.onnx_decoder(
+            fp32_onnx, {"threads": 1, "engine": name, "parallel": 1 if name == "genai" else 2}
+        )
     ids = tokens.encode_text("The capital of Spain is Madrid. The capital of France is Paris, and the sky is blue.")
     with torch.inference_mode():
         expected = _log_softmax(pipeline.model(torch.tensor([ids])).logits[0].float().numpy()[:, : tokens.vocab_size])
