@@ -148,8 +148,8 @@ def hashed(state: object, size: int = LOGITS) -> np.ndarray:
 class FakeDecoder:
     """A decoder whose logits come from a script, or from a hash of all that its sequence was computed with.
 
-    The hash covers for every token which others it was prefilled together with, so that logits differ as soon as a
-    sequence was not computed as in a fresh run.
+    The hash covers for every token which others it was prefilled together with (of a decoder that is mixed, that it was
+    prefilled), so that logits differ as soon as a sequence was not computed as in a fresh run.
 
     Args:
         script: the prompt's ids in, the ids of its answer out; None for hashed logits.
@@ -159,6 +159,7 @@ class FakeDecoder:
         capacity: see Decoder; None for room in every slot.
         block: see Decoder.
         mixed: see Decoder.
+        cost: see Decoder.
         on_call: called in each call with its name, slot (None for decode) and ids; may raise or wait. A step counts as
             a "prefill" of each slot whose prompt it goes on with, and as one "decode" of all others together.
     """
@@ -173,11 +174,12 @@ class FakeDecoder:
         capacity: int | None = None,
         block: int = 1,
         mixed: bool = False,
+        cost: float = 0.1,
         on_call: Callable[[str, int | None, list[int]], None] = lambda name, slot, ids: None,
     ):
         self.slots, self.chunk, self.context_length, self.eos = slots, chunk, context_length, EOS
         self.capacity, self.block = capacity or slots * context_length, block
-        self.mixed = mixed
+        self.mixed, self.cost = mixed, cost
         self.calls: list[tuple[str, int | None, list[int]]] = []
         self.closed = False
         self._script = script
@@ -185,6 +187,8 @@ class FakeDecoder:
         self._sequences: list[list[tuple[int, tuple[int, ...]]]] = [[] for _ in range(slots)]
         self._prompts = [0] * slots  # where the prompt ends
         self._answers = [False] * slots  # whether it has, and an answer is being decoded
+        self._certain = [0] * slots  # how many of its tokens were not only proposed
+        self.steps = 0
         self._failed = False
 
     def step(self, parts: Mapping[int, Part]) -> Mapping[int, np.ndarray]:
@@ -192,15 +196,20 @@ class FakeDecoder:
         prompts = {slot: part for slot, part in parts.items() if not self._answers[slot]}
         answers = {slot: part for slot, part in parts.items() if slot not in prompts}
         assert self.mixed or len(parts) == 1 or not prompts
-        assert sum(len(part.ids) for part in prompts.values()) <= self.chunk
-        assert all(len(part.ids) == 1 for part in answers.values())
+        assert self.mixed or sum(len(part.ids) for part in prompts.values()) <= self.chunk
+        assert len(answers) == 1 or self.mixed or all(len(part.ids) == 1 for part in answers.values())
+        assert all(len(part.ids) == part.logits <= max(1, self.chunk) for part in answers.values())
+        self.steps += 1
         places = {}
         for slot, part in parts.items():
             assert 0 <= part.logits <= len(part.ids)
             assert part.ids
-            self._append(slot, list(part.ids))
+            self._append(slot, list(part.ids), slot in prompts)
+            end = self._certain[slot] = len(self._sequences[slot])
             if slot in prompts:
-                self._prompts[slot] = len(self._sequences[slot])
+                self._prompts[slot] = end
+            else:
+                self._certain[slot] = end - len(part.ids) + 1
             places[slot] = range(len(self._sequences[slot]) - part.logits + 1, len(self._sequences[slot]) + 1)
         try:
             for slot, part in prompts.items():
@@ -220,10 +229,12 @@ class FakeDecoder:
 
     def rewind(self, slot: int, length: int) -> None:
         self._note("rewind", slot, [length])
-        assert 0 <= length <= len(self._sequences[slot])
+        held = len(self._sequences[slot])
+        assert 0 <= length <= held
         del self._sequences[slot][length:]
-        # An answer goes on only where what a failed step may have left is taken back.
-        self._answers[slot] = self._answers[slot] and self._failed and length >= self._prompts[slot]
+        # An answer goes on only where what was proposed, or what a failed step may have left, is taken back.
+        goes_on = self._certain[slot] <= length < held or (self._failed and length >= self._prompts[slot])
+        self._answers[slot] = self._answers[slot] and goes_on
 
     def reserve(self, slot: int, length: int) -> bool:
         return True
@@ -252,8 +263,9 @@ class FakeDecoder:
         self.calls.append((name, slot, list(ids)))
         self._on_call(name, slot, list(ids))
 
-    def _append(self, slot: int, ids: list[int]) -> None:
-        self._sequences[slot] += [(token, tuple(ids)) for token in ids]
+    def _append(self, slot: int, ids: list[int], prefilled: bool) -> None:
+        company = tuple(ids) if prefilled and not self.mixed else None
+        self._sequences[slot] += [(token, company or (prefilled, token)) for token in ids]
         assert len(self._sequences[slot]) <= self.context_length
         held = sum(-(-len(sequence) // self.block) * self.block for sequence in self._sequences)
         assert held <= self.capacity, "no room is left"

@@ -801,7 +801,7 @@ def test_a_decoder_that_mixes_prompts_and_rows_gives_the_answers_it_gives_alone(
     scheduler = Scheduler(FakeDecoder(slots=slots, chunk=chunk, mixed=True))
     try:
         asked = [ask(scheduler, prompt) for prompt in prompts]
-        assert [one.result() for one in asked] == [alone(prompt, chunk=chunk) for prompt in prompts]
+        assert [one.result() for one in asked] == [alone(prompt, chunk=chunk, mixed=True) for prompt in prompts]
     finally:
         scheduler.close()
 
@@ -809,7 +809,7 @@ def test_a_decoder_that_mixes_prompts_and_rows_gives_the_answers_it_gives_alone(
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_short_prompt_does_not_wait_for_a_long_one_and_the_long_one_moves(start, mixed):
     decoder = FakeDecoder(lambda prompt: [], slots=2, context_length=1000, mixed=mixed, on_call=(gate := Gate()))
-    scheduler = start(decoder)
+    scheduler = start(decoder, token_gap=1e-9)
     long = ask(scheduler, LETTERS[:9] * 40)  # 90 chunks of 4
     assert gate.reached.wait(PATIENCE)
     short = [ask(scheduler, [at, *LETTERS[:11]]) for at in range(5, 45)]  # 3 chunks each, more than the long one has

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from .answers import Piece, StopReason, TokenLogprob
+from .drafts import Drafts
 from .grammar import Grammar
 from .options import Options
 from .sampling import Sampler, logprob
@@ -66,6 +67,7 @@ class Generation:
         self._stops = stops
         self._grammar = grammar
         self._sampler = Sampler(options, prompt, choice)
+        self._drafts = Drafts(prompt)
         self._top = options.top_logprobs if options.logprobs else None
         self._written = self._shown = 0  # characters
         self._likely: deque[TokenLogprob] = deque()  # of tokens whose text is not shown yet
@@ -128,6 +130,7 @@ class Generation:
             return replace(ended, logprobs=[*(ended.logprobs or ()), last])
         if self._grammar is not None:
             self._grammar.accept(token)
+        self._drafts.append(token)
         written = self._text.step(token)
         if self._top is not None:
             self._likely.append(self._likelihood(self._written, raw, token, self._text))
@@ -140,6 +143,25 @@ class Generation:
         if self.sampled >= self._max_tokens:
             return self._after(text, self._limit)
         return self._piece(token, text)
+
+    def propose(self, most: int, cost: float) -> list[int]:
+        """Tokens that are likely to follow `next`: those that the grammar forces, or else those of a prompt lookup.
+
+        They may be computed in one step with `next`. Nothing of the answer depends on them: it goes on with what
+        `accept` samples, and what was computed behind a token that is another one counts for nothing.
+
+        Args:
+            most: how many at most.
+            cost: what one token more takes in a step, as a share of a step of one token.
+        """
+        most = min(most, self._max_tokens - self.sampled - 1)
+        proposed = [] if self._grammar is None else self._grammar.forced()[:most]
+        if not proposed:
+            proposed = self._drafts.propose(most, cost)
+            if self._grammar is not None:
+                del proposed[self._grammar.following(proposed) :]
+        end = next((place for place, token in enumerate(proposed) if token in self._eos), len(proposed))
+        return proposed[:end]
 
     def end(self, reason: StopReason) -> Piece:
         """Ends the answer here and releases what was held back."""

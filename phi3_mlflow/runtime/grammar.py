@@ -7,7 +7,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -187,6 +187,17 @@ class Grammar:
             raise ValueError(f"token {token} is not allowed by the grammar here")
         self._matcher.consume_token(token)
         self._next = None
+
+    def forced(self) -> list[int]:
+        """The tokens of the only text that may follow, as far as there is no other; none where that is open.
+
+        After each of them the mask decides anew which spelling it allows.
+        """
+        return list(self._matcher.compute_ff_tokens())
+
+    def following(self, tokens: Sequence[int]) -> int:
+        """How many of some tokens may follow, one after the other."""
+        return self._matcher.validate_tokens(list(tokens))
 
     def copy(self) -> "Grammar":
         """An independent grammar in the same state, for another choice of the same request."""

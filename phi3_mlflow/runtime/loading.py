@@ -25,6 +25,8 @@ _logger = logging.getLogger(__name__)
 DEFAULT_QUEUE_LIMIT = 64
 # Seconds without work after which answers are prefilled again.
 _RENEW_AFTER = 1.0
+# Seconds between two tokens of an answer while prompts are read beside it.
+_TOKEN_GAP = 0.25
 
 
 def load(folder: Path, **config: Any) -> Service:
@@ -103,6 +105,8 @@ def _arguments(settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[s
         "queue_timeout": settings.get("queue_timeout"),
         "reuse": settings.get("prefix_reuse", "exact"),
         "renew_after": _RENEW_AFTER if settings.get("idle_prefill", True) else None,
+        "token_gap": settings.get("token_gap", _TOKEN_GAP),
+        "speculation": settings.get("speculation", "auto") == "auto",
     }
 
 

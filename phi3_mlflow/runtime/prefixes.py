@@ -112,6 +112,13 @@ class Prefixes:
             slot.usable = len(slot.tokens)
         return prefilled
 
+    def drop(self, slot: Slot, count: int) -> None:
+        """Forgets the last tokens, which were proposed and did not come."""
+        if count:
+            del slot.tokens[-count:]
+            slot.usable = min(slot.usable, len(slot.tokens))
+            self._decoder.rewind(slot.index, len(slot.tokens))
+
     def keep(self, slot: Slot, length: int) -> None:
         """Forgets all but the first tokens."""
         # Also where nothing is left over: a decoder that failed may hold more than the slot knows of.

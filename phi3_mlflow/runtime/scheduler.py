@@ -1,4 +1,4 @@
-"""One thread that drives generations over a decoder: admits, composes steps, cancels, times out, reuses prefixes.
+"""One thread that drives generations over a decoder: admits, computes steps, cancels, times out, reuses prefixes.
 
 Knows token ids and slots, no text and no requests. Callers of any thread submit jobs and are called back.
 """
@@ -9,7 +9,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -20,14 +20,12 @@ from .errors import Busy, Unavailable
 from .jobs import MOST, Batch, Job, Queue
 from .prefixes import Prefixes, Reuse, Slot
 from .statistics import Counts, Statistics
+from .steps import Steps
 
 _logger = logging.getLogger(__name__)
 
 # Seconds between two looks at the jobs that wait: there may be thousands, and a step may take a millisecond.
 _SWEEP = 0.05
-# Of so many chunks of prompts one goes to the prompt that was admitted first, the others to the one with the shortest
-# rest: a short prompt does not wait for a long one, and no number of short ones stops a long one.
-_OLDEST = 4
 # Seconds that `close` waits for the decoder to come back.
 _CLOSING = 30.0
 
@@ -42,8 +40,9 @@ class Scheduler:
     With `reuse` at "exact" what decoding wrote is not used again (see Prefixes); so in idle time an answer that may
     have a next turn is computed once more, by prefill.
 
-    What fails, fails alone: a step of the decoder ends the answer of its slot; one of several slots is tried again slot
-    by slot. When the thread ends, for whatever reason, all jobs end with `Unavailable`, and so does `submit`.
+    What fails, fails alone: a step of the decoder ends the answer of its slot; one of several slots, or with tokens
+    that were only proposed, is tried again slot by slot and without them. When the thread ends, for whatever reason,
+    all jobs end with `Unavailable`, and so does `submit`.
 
     Args:
         decoder: all its calls are made in the scheduler's own thread, which `close` ends.
@@ -51,6 +50,9 @@ class Scheduler:
         queue_timeout: how many seconds a request may wait until it is begun; None for any time.
         reuse: which keys and values of earlier prompts and answers a prompt may begin with.
         renew_after: seconds without work after which answers are prefilled again; None for never.
+        token_gap: seconds that may pass between two tokens of an answer while prompts are read beside it, where the
+            decoder mixes them.
+        speculation: whether tokens that are likely to follow are computed together with an answer's last one.
 
     Attributes:
         counts: what has been done so far; the thread goes on counting in it.
@@ -64,6 +66,8 @@ class Scheduler:
         queue_timeout: float | None = None,
         reuse: Reuse = "exact",
         renew_after: float | None = 1.0,
+        token_gap: float = 0.25,
+        speculation: bool = True,
     ):
         self._decoder = decoder
         self._queue_limit = queue_limit
@@ -74,10 +78,10 @@ class Scheduler:
         self._slots = self._prefixes.slots
         self._waiting = Queue()
         self._turns = itertools.count()
-        self._chunks = itertools.count(1)
         self._swept = time.monotonic()
         self._renew_at = 0.0  # on time.monotonic()'s clock
         self.counts = Counts()
+        self._steps = Steps(decoder, self._prefixes, self.counts, self._fail, gap=token_gap, propose=speculation)
         self._step_began: float | None = None
         # Guards the queue, the slots' jobs and the counts. The thread waits on it for work; `submit` and `close` wake
         # it. Nobody is called back, and the decoder is not called, while it is held.
@@ -175,7 +179,7 @@ class Scheduler:
             self._sweep()
             self._admit()
             self._end_overdue()
-            for parts in self._steps():
+            for parts in self._steps:
                 self._step(parts)
             self._renew()
         except Exception as error:  # no step of the decoder, and nobody's callback: whom it concerns is not known
@@ -250,72 +254,35 @@ class Scheduler:
             if slot.job is not None and slot.job.ending():
                 self._deliver_end(self._free(slot))
 
-    def _steps(self) -> Iterator[Mapping[int, Part]]:
-        """What the decoder is to compute now, each step made when the one before is done."""
-        if self._decoder.mixed:
-            yield self._rows() | self._prompts()
-        else:
-            yield self._prompts()
-            yield self._rows()
-
-    def _rows(self) -> dict[int, Part]:
-        """One token of every answer that has one to decode."""
-        answers = [(slot, slot.job.generation.next) for slot in self._slots if slot.job is not None]
-        return {slot.index: Part([token], 1) for slot, token in answers if token is not None}
-
-    def _prompts(self) -> dict[int, Part]:
-        """One chunk of prompts: of a single one, or where the decoder mixes them of as many as fill it."""
-        parts: dict[int, Part] = {}
-        room = self._decoder.chunk
-        waiting = [slot for slot in self._slots if slot.job is not None and slot.pending]
-        waiting.sort(key=lambda slot: (len(slot.pending), slot.turn))
-        if waiting and next(self._chunks) % _OLDEST == 0:
-            oldest = min(waiting, key=lambda slot: slot.turn)
-            waiting.remove(oldest)
-            waiting.insert(0, oldest)
-        for slot in waiting:
-            if parts and not self._decoder.mixed:
-                break
-            # A chunk is never parted: its tokens are computed in the same company as in a fresh run.
-            if min(len(slot.pending), self._decoder.chunk) > room:
-                continue
-            assert slot.job is not None
-            try:
-                if slot.fresh:
-                    self._prefixes.begin(slot, slot.job)
-                    self.counts.cached += slot.job.reused
-            except Exception as error:
-                _logger.exception("the decoder failed")
-                self._fail(slot, error)
-                continue
-            ids = slot.pending[: self._decoder.chunk]
-            wanted = len(ids) if slot.job.generation.reads_prompt else int(len(ids) == len(slot.pending))
-            parts[slot.index] = Part(ids, wanted)
-            room -= len(ids)
-        return parts
-
     def _step(self, parts: Mapping[int, Part]) -> None:
         if not parts:
             return
         try:
             logits = self._compute(parts)
         except Exception as error:
-            if len(parts) == 1:
+            # What is not given up yet: each part by itself, and no tokens that were only proposed.
+            alone = {index: self._least(index, part) for index, part in parts.items()}
+            if len(parts) == 1 and alone == parts:
                 _logger.exception("the decoder failed")
                 for index in parts:
                     self._fail(self._slots[index], error)
                 return
-            _logger.warning("the decoder failed on %d slots together; each is tried alone", len(parts), exc_info=True)
-            for index, part in parts.items():
+            _logger.warning("the decoder failed on a step of %d slots; each is tried alone", len(parts), exc_info=True)
+            for index, part in alone.items():
                 try:
                     self._decoder.rewind(index, len(self._slots[index].tokens))
-                except Exception as alone:
-                    self._fail(self._slots[index], alone)
+                except Exception as lost:
+                    self._fail(self._slots[index], lost)
                 else:
                     self._step({index: part})
             return
+        self.counts.steps += 1
         for index, part in parts.items():
             self._take(self._slots[index], part, logits.get(index))
+
+    def _least(self, index: int, part: Part) -> Part:
+        """The part without what is only proposed."""
+        return part if self._slots[index].pending else Part(part.ids[:1], 1)
 
     def _compute(self, parts: Mapping[int, Part]) -> Mapping[int, np.ndarray]:
         self._step_began = time.monotonic()
@@ -327,22 +294,46 @@ class Scheduler:
     def _take(self, slot: Slot, part: Part, logits: np.ndarray | None) -> None:
         """What a step brought to the answer in a slot."""
         assert slot.job is not None
-        generation = slot.job.generation
-        prefilled = self._prefixes.write(slot, part.ids)
-        self.counts.computed += len(part.ids) if prefilled else 0
+        if not self._prefixes.write(slot, part.ids):
+            assert logits is not None
+            self._accept(slot, part.ids, logits)
+            return
+        self.counts.computed += len(part.ids)
         if logits is None:
             return
-        try:
-            if prefilled and generation.reads_prompt:
-                generation.read(logits)
-            if slot.pending:
+        if slot.job.generation.reads_prompt:
+            try:
+                slot.job.generation.read(logits)
+            except Exception as error:
+                self._fail(slot, error)
                 return
-            piece = generation.accept(logits[-1])
-        except Exception as error:  # the answer's own failure, or numbers that are none
-            self._fail(slot, error)
-            return
-        self.counts.generated += 1
-        self._deliver(slot.job if piece.reason is None else self._free(slot), piece)
+        if not slot.pending:
+            self._accept(slot, part.ids[-1:], logits[-1:])
+
+    def _accept(self, slot: Slot, ids: Sequence[int], logits: np.ndarray) -> None:
+        """Samples tokens, as long as each is the one that was proposed; what was computed behind another one goes.
+
+        Args:
+            slot: holds the ids.
+            ids: what the answer goes on from, and what was proposed to follow.
+            logits: (ids, vocabulary) float32, for the places behind them.
+        """
+        job = slot.job
+        assert job is not None
+        for place, row in enumerate(logits, 1):
+            try:
+                piece = job.generation.accept(row)
+                right = place < len(ids) and job.generation.next == ids[place]
+                if not right:
+                    self._prefixes.drop(slot, len(ids) - place)
+            except Exception as error:  # the answer's own failure, or numbers that are none
+                self._fail(slot, error)
+                return
+            self.counts.generated += 1
+            self.counts.accepted += right
+            self._deliver(job if piece.reason is None else self._free(slot), piece)
+            if not right or job.ending():
+                return
 
     def _renew(self) -> None:
         """One chunk of an answer, which decoding wrote, by prefill; only after some time without any work."""

@@ -19,6 +19,8 @@ SETTINGS: dict[str, Range | Bytes | OneOf | Flag] = {
     "queue_timeout": Range("number", 0, above=True),
     "prefix_reuse": OneOf(("exact", "all")),
     "idle_prefill": Flag(),
+    "token_gap": Range("number", 0, above=True),
+    "speculation": OneOf(("auto", "off")),
     "on_error": OneOf(("raise", "row")),
     "verify": OneOf(("once", "full")),
 }

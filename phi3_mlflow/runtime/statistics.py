@@ -19,6 +19,10 @@ class Statistics:
         cached: tokens of prompts that were in the KV cache already.
         generated: tokens that were sampled.
         renewed: tokens of answers that idle time computed again.
+        steps: of the decoder, those of idle time not counted.
+        drafts: how many times tokens were proposed to follow an answer's last one.
+        proposed: how many tokens.
+        accepted: how many of them came.
         ended: answers that ended with a reason.
         failed: answers that ended with an error.
         alive: whether the scheduler's thread runs and takes requests.
@@ -36,6 +40,10 @@ class Statistics:
     cached: int
     generated: int
     renewed: int
+    steps: int
+    drafts: int
+    proposed: int
+    accepted: int
     ended: int
     failed: int
     alive: bool
@@ -55,5 +63,9 @@ class Counts:
     cached: int = 0
     generated: int = 0
     renewed: int = 0
+    steps: int = 0
+    drafts: int = 0
+    proposed: int = 0
+    accepted: int = 0
     ended: int = 0
     failed: int = 0

@@ -38,9 +38,11 @@ class Decoder(Protocol):
         context_length: the most tokens one sequence can hold.
         capacity: the most tokens all sequences can hold together, a multiple of `block`, at least `context_length`.
         block: each sequence takes room for a multiple of so many tokens.
-        chunk: how many tokens of prompts the scheduler puts into one step.
-        mixed: whether one step takes any number of tokens for each of several slots. Otherwise it takes one part
-            alone, or one token for each of several slots.
+        chunk: prompts are computed in parts of so many tokens.
+        mixed: whether one step takes any number of tokens for each of several slots, and keys and values do not depend
+            on how a prompt is parted, but for parts of one token. Otherwise a step takes one part alone, or one token
+            for each of several slots.
+        cost: about how much longer a step takes for each token more, as a share of a step of one token.
         eos: the ids that end an answer, as the weights' own configuration names them.
     """
 
@@ -50,6 +52,7 @@ class Decoder(Protocol):
     block: int
     chunk: int
     mixed: bool
+    cost: float
     eos: frozenset[int]
 
     def step(self, parts: Mapping[int, Part]) -> Mapping[int, np.ndarray]:

@@ -1,0 +1,155 @@
+"""What a decoder computes next: the last token of each answer, tokens proposed to follow it, and parts of prompts.
+
+Knows slots, sizes and the time that steps took; calls no step.
+"""
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from .decoders.base import Decoder, Part
+from .prefixes import Prefixes, Slot
+from .statistics import Counts
+
+_logger = logging.getLogger(__name__)
+
+# Of so many chunks of prompts one goes to the prompt that was admitted first, the others to the one with the shortest
+# rest: a short prompt does not wait for a long one, and no number of short ones stops a long one.
+_OLDEST = 4
+# Tokens of prompts in a step: at the least, and in multiples, where answers wait for it; at the most, for the sake of
+# memory and of those who wait for its end.
+_LEAST, _MOST = 4, 256
+# Above so many answers there is no time to be saved by proposals: a step is full of them without.
+_PROPOSING = 2
+# How much of the pace the latest step says.
+_WEIGHT = 0.5
+
+
+class Steps:
+    """Composes steps, so that answers go on while prompts are read.
+
+    Where the decoder mixes them, a step reads as much of the prompts as it can in the time that may pass between two
+    tokens of an answer, which is found out by measuring. What is proposed to follow an answer's last token does not
+    depend on time: an answer that runs alone repeats.
+
+    Args:
+        decoder: what it can take decides what a step may hold.
+        prefixes: which slots there are, and what they hold.
+        counts: of what is proposed, and found in the cache.
+        fail: called with a slot whose answer cannot go on, and why.
+        gap: seconds that may pass between two tokens of an answer while prompts are read.
+        propose: whether tokens may be proposed.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prefixes: Prefixes,
+        counts: Counts,
+        fail: Callable[[Slot, Exception], None],
+        *,
+        gap: float,
+        propose: bool,
+    ):
+        self._decoder = decoder
+        self._prefixes = prefixes
+        self._counts = counts
+        self._fail = fail
+        self._gap = gap
+        self._propose = propose
+        self._pace = 0.0  # seconds for each token of a step that is full of prompts; 0 before there was one
+        self._full = False  # whether more of prompts waits than had room in the present step
+        self._chunks = itertools.count(1)
+
+    def __iter__(self) -> Iterator[Mapping[int, Part]]:
+        """The steps until all answers have got a token, each composed when the one before is done; some are empty."""
+        if self._decoder.mixed:
+            answers = self._answers()
+            parts = answers | self._prompts(self._room(_tokens(answers)))
+            began = time.monotonic()
+            yield parts
+            if self._full:
+                pace = (time.monotonic() - began) / _tokens(parts)
+                self._pace += (pace - self._pace) * (_WEIGHT if self._pace else 1.0)
+        else:
+            yield self._prompts(self._decoder.chunk)
+            yield self._answers()
+
+    def _room(self, taken: int) -> int:
+        """How many tokens of prompts have room beside so many of answers."""
+        least = _LEAST if taken else self._decoder.chunk
+        fitting = int(self._gap / self._pace) - taken if self._pace else least
+        return min(max(fitting, least), _MOST)
+
+    def _answers(self) -> dict[int, Part]:
+        """The last token of every answer, and what is proposed to follow it."""
+        last = [(slot, slot.job.generation.next) for slot in self._prefixes.slots if slot.job is not None]
+        running = [(slot, token) for slot, token in last if token is not None]
+        most = 0
+        if self._propose and 0 < len(running) <= (_PROPOSING if self._decoder.mixed else 1):
+            most = self._decoder.chunk // len(running) - 1
+        parts = {}
+        for slot, token in running:
+            assert slot.job is not None
+            try:
+                proposed = slot.job.generation.propose(most, self._decoder.cost) if most else []
+            except Exception as error:
+                self._fail(slot, error)
+                continue
+            self._counts.drafts += bool(proposed)
+            self._counts.proposed += len(proposed)
+            parts[slot.index] = Part([token, *proposed], 1 + len(proposed))
+        return parts
+
+    def _prompts(self, room: int) -> dict[int, Part]:
+        """Parts of prompts: of a single one, or where the decoder mixes them of as many as have room."""
+        parts: dict[int, Part] = {}
+        waiting = self._in_order()
+        self._full = sum(len(slot.pending) for slot in waiting) > room
+        for slot in waiting:
+            assert slot.job is not None
+            try:
+                if slot.fresh:
+                    self._prefixes.begin(slot, slot.job)
+                    self._counts.cached += slot.job.reused
+            except Exception as error:
+                _logger.exception("the decoder failed")
+                self._fail(slot, error)
+                continue
+            ids = slot.pending[: self._size(slot, room)]
+            wanted = len(ids) if slot.job.generation.reads_prompt else int(len(ids) == len(slot.pending))
+            parts[slot.index] = Part(ids, wanted)
+            room -= len(ids)
+            if room < _LEAST or not self._decoder.mixed:
+                break
+        return parts
+
+    def _in_order(self) -> Sequence[Slot]:
+        """Those whose prompts are to be read, the next one first."""
+        waiting = [slot for slot in self._prefixes.slots if slot.job is not None and slot.pending]
+        waiting.sort(key=lambda slot: (len(slot.pending), slot.turn))
+        if waiting and next(self._chunks) % _OLDEST == 0:
+            oldest = min(waiting, key=lambda slot: slot.turn)
+            waiting.remove(oldest)
+            waiting.insert(0, oldest)
+        return waiting
+
+    def _size(self, slot: Slot, room: int) -> int:
+        """How many tokens of a prompt have room: whole chunks, or what is behind the last one.
+
+        So a prompt is read in the same parts, or several of them at once, as in a fresh run. Only where there is no
+        room for a chunk it gets less.
+        """
+        start = len(slot.tokens)
+        end = start + min(len(slot.pending), room)
+        whole = end // self._decoder.chunk * self._decoder.chunk
+        if whole > start:
+            return whole - start
+        if len(slot.pending) > room:
+            end = end // _LEAST * _LEAST
+        return end - start
+
+
+def _tokens(parts: Mapping[int, Part]) -> int:
+    return sum(len(part.ids) for part in parts.values())
