@@ -148,8 +148,8 @@ def hashed(state: object, size: int = LOGITS) -> np.ndarray:
 class FakeDecoder:
     """A decoder whose logits come from a script, or from a hash of all that its sequence was computed with.
 
-    The hash covers for every token which others it was prefilled together with (of a decoder that is mixed, that it was
-    prefilled), so that logits differ as soon as a sequence was not computed as in a fresh run.
+    The hash covers for every token which others it was prefilled together with, so that logits differ as soon as a
+    sequence was not computed as in a fresh run; a decoder that mixes prompts does not depend on it.
 
     Args:
         script: the prompt's ids in, the ids of its answer out; None for hashed logits.
@@ -264,8 +264,8 @@ class FakeDecoder:
         self._on_call(name, slot, list(ids))
 
     def _append(self, slot: int, ids: list[int], prefilled: bool) -> None:
-        company = tuple(ids) if prefilled and not self.mixed else None
-        self._sequences[slot] += [(token, company or (prefilled, token)) for token in ids]
+        alone = self.mixed or not prefilled
+        self._sequences[slot] += [(token, (token,) if alone else tuple(ids)) for token in ids]
         assert len(self._sequences[slot]) <= self.context_length
         held = sum(-(-len(sequence) // self.block) * self.block for sequence in self._sequences)
         assert held <= self.capacity, "no room is left"
