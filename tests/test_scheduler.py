@@ -522,7 +522,8 @@ def test_a_call_that_concerns_one_slot_fails_that_slots_answer_alone(start, phas
 
     bad, failing, running, go_on = [], [True], threading.Event(), threading.Event()
     scheduler = start(FakeDecoder(slots=3, context_length=99, on_call=on_call))
-    good = [ask(scheduler, LETTERS[:9], 60), ask(scheduler, LETTERS[9:18], 60)]
+    good = [Ask(LETTERS[:9], 60), Ask(LETTERS[9:18], 60)]
+    submit(scheduler, *good)
     assert running.wait(PATIENCE)
     bad.append(ask(scheduler, LETTERS[:11]))
     go_on.set()

@@ -3,6 +3,7 @@
 Run with: python -m pytest tests/test_speculation.py
 """
 
+import importlib.util
 import json
 import random
 from collections import Counter
@@ -13,6 +14,7 @@ import pytest
 from fakes import EOS, IDS, LOGITS, TOKENS, FakeDecoder, hashed, spell
 from test_grammar import SCHEMAS, wrap
 
+from phi3_mlflow.runtime.decoders.base import Part
 from phi3_mlflow.runtime.generation import Generation
 from phi3_mlflow.runtime.loading import onnx_decoder
 from phi3_mlflow.runtime.service import Service
@@ -285,13 +287,12 @@ def test_a_grammar_that_fails_while_tokens_are_proposed_ends_its_answer_alone(lo
 # On the embedded model.
 
 
-class Steps:
+class Watched:
     """A decoder that counts the steps in which answers go on."""
 
     def __init__(self, decoder):
         self._decoder = decoder
         self.decoded = 0
-        self._prompts = {}
 
     def __getattr__(self, name):
         return getattr(self._decoder, name)
@@ -302,8 +303,19 @@ class Steps:
 
 
 def embedded(load, engine, speculation, **settings):
-    decoder = Steps(onnx_decoder(ONNX, {"engine": engine, "threads": 1, "context_length": 1024, **settings}))
+    decoder = Watched(onnx_decoder(ONNX, {"engine": engine, "threads": 1, "context_length": 1024, **settings}))
     return decoder, load(decoder, Tokens.from_folder(ONNX), speculation=speculation)
+
+
+def again(line):
+    """A question after it was answered."""
+    history = [*line["messages"], {"role": "assistant", "content": line["answer"]}]
+    return {"messages": [*history, line["messages"][-1]]}
+
+
+def questions(every):
+    lines = (ROOT / "artifacts" / "questions.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines[::every]]
 
 
 def test_answers_that_conform_to_a_schema_take_a_third_fewer_steps_and_are_the_same(load):
@@ -322,12 +334,61 @@ def test_answers_that_conform_to_a_schema_take_a_third_fewer_steps_and_are_the_s
 
 def test_a_question_that_was_answered_before_takes_less_than_half_of_the_steps(load):
     (decoder, service), (reference, plain) = (embedded(load, "genai", each) for each in (True, False))
-    lines = (ROOT / "artifacts" / "questions.jsonl").read_text("utf-8").splitlines()[::6]
     differences = 0
-    for line in map(json.loads, lines):
-        history = [*line["messages"], {"role": "assistant", "content": line["answer"]}]
-        asked = {"messages": [*history, line["messages"][-1]]}
-        answer, expected = (each.start(asked).wait() for each in (service, plain))
+    for line in questions(6):
+        answer, expected = (each.start(again(line)).wait() for each in (service, plain))
         differences += all_of(answer) != all_of(expected)
     assert differences <= 1
     assert decoder.decoded <= 0.5 * reference.decoded
+
+
+class Recorded(Generation):
+    """Remembers the logits of its tokens, and the tokens."""
+
+    def __init__(self, *arguments, **values):
+        super().__init__(*arguments, **values)
+        self.rows, self.tokens = [], []
+
+    def accept(self, logits):
+        self.rows.append(logits.copy())
+        piece = super().accept(logits)
+        self.tokens.append(self.next)
+        return piece
+
+
+@pytest.mark.parametrize(("engine", "slots"), [("genai", 1), ("onnxruntime", 2), ("openvino", 2)])
+def test_tokens_that_were_proposed_get_the_logits_that_they_get_one_by_one(load, monkeypatch, engine, slots):
+    """Greedy, sampled and conforming answers together. So they differ from those without at most by rounding."""
+    if engine == "openvino" and importlib.util.find_spec("openvino") is None:
+        pytest.skip("needs the extra openvino")
+    parallel = {"parallel": slots} if slots > 1 else {}
+    _, service = embedded(load, engine, True, **parallel)
+    made = []
+
+    def recorded(*arguments, **values):
+        made.append(Recorded(*arguments, **values))
+        return made[-1]
+
+    monkeypatch.setattr("phi3_mlflow.runtime.service.Generation", recorded)
+    for index, line in enumerate(questions(20)):
+        options = [{}, {"temperature": 1.0, "seed": index}, {"response_format": wrap(SCHEMAS[index % len(SCHEMAS)])}]
+        runs = [service.start({**again(line), "max_tokens": 30, **each}) for each in options[: slots + 1]]
+        for run in runs:
+            run.wait()
+    counts = service.statistics()
+    assert counts.accepted > 60
+    assert counts.proposed > counts.accepted
+    decoder = onnx_decoder(ONNX, {"engine": engine, "threads": 1, "context_length": 1024, **parallel})
+    errors = []
+    for answer in made:
+        decoder.rewind(0, 0)
+        for at in range(0, len(answer.prompt), 16):
+            last = decoder.step({0: Part(answer.prompt[at : at + 16], 1)})[0][0]
+        for row, token in zip(answer.rows, answer.tokens, strict=True):
+            errors.append(np.abs(row - last).max() / np.std(last))
+            if token is not None:
+                last = decoder.step({0: Part([token], 1)})[0][0]
+    decoder.close()
+    # As shares of the logits' spread. A row behind another token is off by more than all of it.
+    assert max(errors) < 0.2
+    assert np.median(errors) < 0.02

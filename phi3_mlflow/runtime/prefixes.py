@@ -49,8 +49,9 @@ class Prefixes:
     """The slots of a decoder, and the prefixes of prompts that they keep.
 
     With `reuse` at "exact", only whole chunks that prefill wrote are used again, so that every token of a prompt is
-    computed in the same company as in a fresh run. What decoding wrote is close to that, and not bit-equal. With "all"
-    it is used as it is.
+    computed in the same company as in a fresh run (or by a decoder that does not depend on it, see Decoder.mixed). What
+    decoding wrote, one token or several that were proposed, is close to that, and not bit-equal. With "all" it is used
+    as it is.
 
     Args:
         decoder: called by the methods that change what a slot holds.

@@ -66,14 +66,14 @@ class Steps:
         """The steps until all answers have got a token, each composed when the one before is done; some are empty."""
         if self._decoder.mixed:
             answers = self._answers()
-            parts = answers | self._prompts(self._room(_tokens(answers)))
+            parts = answers | self._prompts(self._room(_tokens(answers)), _LEAST if answers else self._decoder.chunk)
             began = time.monotonic()
             yield parts
-            if self._full:
+            if self._full and parts:
                 pace = (time.monotonic() - began) / _tokens(parts)
                 self._pace += (pace - self._pace) * (_WEIGHT if self._pace else 1.0)
         else:
-            yield self._prompts(self._decoder.chunk)
+            yield self._prompts(self._decoder.chunk, self._decoder.chunk)
             yield self._answers()
 
     def _room(self, taken: int) -> int:
@@ -102,8 +102,14 @@ class Steps:
             parts[slot.index] = Part([token, *proposed], 1 + len(proposed))
         return parts
 
-    def _prompts(self, room: int) -> dict[int, Part]:
-        """Parts of prompts: of a single one, or where the decoder mixes them of as many as have room."""
+    def _prompts(self, room: int, unit: int) -> dict[int, Part]:
+        """Parts of prompts: of a single one, or where the decoder mixes them of as many as have room.
+
+        Args:
+            room: how many tokens.
+            unit: parts end at multiples of it, or where the prompt does. Without company these are whole chunks and
+                the rest behind them, as in a fresh run.
+        """
         parts: dict[int, Part] = {}
         waiting = self._in_order()
         self._full = sum(len(slot.pending) for slot in waiting) > room
@@ -117,7 +123,7 @@ class Steps:
                 _logger.exception("the decoder failed")
                 self._fail(slot, error)
                 continue
-            ids = slot.pending[: self._size(slot, room)]
+            ids = slot.pending[: _size(slot, room, unit)]
             wanted = len(ids) if slot.job.generation.reads_prompt else int(len(ids) == len(slot.pending))
             parts[slot.index] = Part(ids, wanted)
             room -= len(ids)
@@ -135,20 +141,15 @@ class Steps:
             waiting.insert(0, oldest)
         return waiting
 
-    def _size(self, slot: Slot, room: int) -> int:
-        """How many tokens of a prompt have room: whole chunks, or what is behind the last one.
 
-        So a prompt is read in the same parts, or several of them at once, as in a fresh run. Only where there is no
-        room for a chunk it gets less.
-        """
-        start = len(slot.tokens)
-        end = start + min(len(slot.pending), room)
-        whole = end // self._decoder.chunk * self._decoder.chunk
-        if whole > start:
-            return whole - start
-        if len(slot.pending) > room:
-            end = end // _LEAST * _LEAST
-        return end - start
+def _size(slot: Slot, room: int, unit: int) -> int:
+    """How many tokens of a prompt have room: up to a multiple of the unit, or what is behind the last one."""
+    start, left = len(slot.tokens), len(slot.pending)
+    end = start + min(left, room)
+    whole = end // unit * unit
+    if left <= room and (whole <= start or unit == _LEAST):
+        return left
+    return (whole if whole > start else end // _LEAST * _LEAST) - start
 
 
 def _tokens(parts: Mapping[int, Part]) -> int:

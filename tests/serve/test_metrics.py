@@ -121,6 +121,19 @@ def test_what_the_prefix_cache_gives_is_counted(load):
         assert seen[f"vllm:{name}_total",] == 2 * answer.prompt_tokens
 
 
+def test_what_was_proposed_to_follow_is_counted(load):
+    metrics, service = Metrics(), load(lambda prompt: LETTERS[:4] * 6)
+    ask(metrics, service)
+    now, seen = service.statistics(), read(metrics)
+    assert seen["vllm:spec_decode_num_drafts_total",] == now.drafts > 3
+    assert seen["vllm:spec_decode_num_draft_tokens_total",] == now.proposed > now.drafts
+    assert seen["vllm:spec_decode_num_accepted_tokens_total",] == now.accepted > 3
+    assert seen["phi3_mlflow_decoder_steps_total",] == now.steps
+    # Each step for a token of the answer gives one, and those that were accepted; the prompt takes a step for 4 tokens.
+    prompt = -(-len(TOKENS.encode_chat(body()["messages"])) // 4)
+    assert now.generated == now.steps - prompt + 1 + now.accepted
+
+
 def test_the_gaps_between_tokens_are_those_of_the_scheduler_for_each_choice(load):
     pause = 0.02
     service = load(slots=2, on_call=lambda name, slot, ids: time.sleep(pause if name == "decode" else 0))

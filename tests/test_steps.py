@@ -1,0 +1,126 @@
+"""What goes into a step, on a machine whose clock is the test's.
+
+Run with: python -m pytest tests/test_steps.py
+"""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+from fakes import FakeDecoder
+from test_scheduler import LETTERS, ask
+
+from phi3_mlflow.runtime import steps as module
+from phi3_mlflow.runtime.scheduler import Scheduler
+
+GAP = 0.25  # seconds
+LONG = (LETTERS * 20)[:500]
+
+
+class Machine(FakeDecoder):
+    """A decoder whose steps take a time for themselves and for each token.
+
+    Attributes:
+        now: its clock, in seconds.
+        steps_taken: (seconds, tokens of answers, tokens of each part of a prompt) of each step.
+    """
+
+    def __init__(self, monkeypatch, base, each, **values):
+        super().__init__(lambda prompt: LETTERS * 20, context_length=1100, chunk=16, mixed=True, **values)
+        self.now, self.base, self.each = 0.0, base, each
+        self.steps_taken = []
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+    def step(self, parts):
+        answers = sum(len(part.ids) for slot, part in parts.items() if self._answers[slot])
+        prompts = [len(part.ids) for slot, part in parts.items() if not self._answers[slot]]
+        logits = super().step(parts)
+        seconds = self.base + self.each * (answers + sum(prompts))
+        self.now += seconds
+        self.steps_taken.append((seconds, answers, prompts))
+        return logits
+
+
+def beside_an_answer(decoder, prompts, **values):
+    """The steps from the arrival of some prompts, in the middle of an answer, to the end of the last of them."""
+    came = []
+
+    def on_call(name, slot, ids):
+        if name == "decode" and len(decoder.steps_taken) == 5 and not came:
+            came.extend(ask(scheduler, prompt, 1) for prompt in prompts)
+
+    decoder._on_call = on_call
+    scheduler = Scheduler(decoder, token_gap=GAP, speculation=False, **values)
+    try:
+        running = ask(scheduler, LETTERS[:20], 400)
+        while not came:
+            assert running.events.get(timeout=120).reason is None
+        assert [one.result()[1] for one in came] == ["max_tokens"] * len(prompts)
+        running.job.cancel()
+        while running.events.get(timeout=120).reason is None:
+            pass
+    finally:
+        scheduler.close()
+    return [step for step in decoder.steps_taken[6:] if step[2]]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_answer_goes_on_while_prompts_are_read_in_the_time_that_may_pass(monkeypatch, count):
+    taken = beside_an_answer(Machine(monkeypatch, 0.057, 0.0116, slots=4), [LONG[at:] for at in range(count)])
+    assert {answers for _, answers, _ in taken} == {1}
+    assert all(seconds <= GAP for seconds, _, _ in taken)
+    # After a few steps that find it out, nearly all of that time is used.
+    assert all(seconds >= 0.8 * GAP for seconds, _, _ in taken[6:-1])
+
+
+def test_a_slow_machine_reads_a_little_in_each_step_and_a_fast_one_much(monkeypatch):
+    slow = beside_an_answer(Machine(monkeypatch, 0.5, 0.1, slots=2), [LONG])
+    assert {sum(prompts) for _, _, prompts in slow} == {4}
+    fast = beside_an_answer(Machine(monkeypatch, 0.001, 0.0001, slots=6), [LONG[at:] for at in range(5)])
+    assert max(sum(prompts) for _, _, prompts in fast) > 200
+    assert max(sum(prompts) for _, _, prompts in fast) <= 256
+    assert len(fast) < 25
+
+
+def test_a_machine_that_was_held_up_once_finds_its_pace_again(monkeypatch):
+    decoder = Machine(monkeypatch, 0.02, 0.005, slots=2)
+    step = decoder.step
+
+    def held_up(parts):
+        decoder.now += 30 * (len(decoder.steps_taken) == 12)
+        return step(parts)
+
+    decoder.step = held_up
+    taken = beside_an_answer(decoder, [LONG])
+    assert min(sum(prompts) for _, _, prompts in taken[5:10]) == 4
+    assert max(sum(prompts) for _, _, prompts in taken[-10:]) >= 32
+
+
+@pytest.mark.parametrize("each", [0.001, 0.1])
+def test_where_no_answer_waits_a_prompt_is_read_in_whole_chunks_and_its_rest(monkeypatch, each):
+    decoder = Machine(monkeypatch, 0.01, each, slots=1)
+    scheduler = Scheduler(decoder, token_gap=GAP, speculation=False)
+    try:
+        for length in (1, 15, 16, 17, 33, 500, 333):
+            decoder.steps_taken.clear()
+            ask(scheduler, (LETTERS[length % 7 :] * 30)[:length], 1).result()
+            (parts,) = zip(*(prompts for _, _, prompts in decoder.steps_taken), strict=True)
+            *whole, rest = parts
+            assert sum(parts) == length
+            assert all(part % 16 == 0 for part in whole)
+            assert rest % 16 == 0 or rest < 16
+            assert max(parts) <= (16 if each > 0.01 else 240)
+        if each < 0.01:
+            assert max(parts) > 100
+    finally:
+        scheduler.close()
+
+
+def test_chunks_that_were_parted_are_used_again_and_begin_where_chunks_do(monkeypatch):
+    decoder = Machine(monkeypatch, 0.2, 0.01, slots=3)
+    taken = beside_an_answer(decoder, [LONG[3:50], LONG[3:60]])
+    assert {size for _, _, (size, *_) in taken} <= set(range(16))
+    copies = [call for call in decoder.calls if call[0] == "copy"]
+    assert [length for _, _, (_, length) in copies] == [32]
+    ends = list(itertools.accumulate(len(ids) for name, slot, ids in decoder.calls if (name, slot) == ("prefill", 1)))
+    assert {16, 32} <= set(ends)
