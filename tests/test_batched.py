@@ -407,11 +407,20 @@ def test_batching_is_refused_where_it_cannot_be():
         ({"parallel": 65}, "`parallel` is 65"),
         ({"parallel": 4, "kv_budget": "lots"}, "`kv_budget` is 'lots'"),
         ({"queue_limit": 0}, "`queue_limit` is 0"),
+        ({"token_gap": 0}, "`token_gap` is 0"),
+        ({"speculation": "on"}, "`speculation` is 'on'; it must be 'auto' or 'off'"),
     ):
         with pytest.raises(InvalidRequest, match=reason):
             check_config("llm/v1/chat", values)
     with pytest.raises(InvalidRequest, match="`kv_budget` is given, and it needs `parallel` above 1"):
         check_batching({"kv_budget": "4GiB"})
+    check_batching({"token_gap": 0.5, "engine": "openvino", "parallel": 2})
+    with pytest.raises(InvalidRequest, match="`token_gap` is given, and onnxruntime reads no prompts in one step with"):
+        check_batching({"token_gap": 0.5, "engine": "onnxruntime", "parallel": 2})
+    with pytest.raises(
+        InvalidRequest, match="`token_gap` is 1, and a transformers model answers one request at a time"
+    ):
+        refuse_batching({"token_gap": 1})
 
 
 def test_more_requests_than_may_wait_are_told_to_come_back(folder):

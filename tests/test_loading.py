@@ -245,6 +245,20 @@ def test_idle_prefill_is_for_conversations_and_can_be_switched_off():
         service.close()
 
 
+def test_speculation_is_the_default_and_can_be_switched_off():
+    messages = [{"role": "user", "content": "Count from 3 to 9."}]
+    messages += [{"role": "assistant", "content": "3, 4, 5, 6, 7, 8, 9."}, messages[0]]
+    counts, texts = {}, set()
+    for settings in ({}, {"speculation": "auto"}, {"speculation": "off"}):
+        service = loading.load(ONNX, threads=1, **settings)
+        texts.add(service.start({"messages": messages}).wait().choices[0].text)
+        counts[settings.get("speculation")] = service.statistics().accepted
+        service.close()
+    assert len(texts) == 1
+    assert counts[None] == counts["auto"] > 10
+    assert counts["off"] == 0
+
+
 def _log_softmax(logits):
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

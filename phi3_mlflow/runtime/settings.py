@@ -98,6 +98,9 @@ def check_batching(config: Mapping[str, Any]) -> None:
     if config.get("engine") == "genai" and config.get("parallel") not in (None, 1):
         problem = f"is 'genai', which answers one request at a time, and `parallel` is {config['parallel']}"
         raise InvalidRequest("engine", f"{problem}; leave one of them out")
+    if config.get("token_gap") is not None and config.get("engine") in ("genai", "onnxruntime"):
+        problem = f"is given, and {config['engine']} reads no prompts in one step with answers; openvino does"
+        raise InvalidRequest("token_gap", f"{problem}: set `engine` to that, or leave this out")
 
 
 def refuse_batching(config: Mapping[str, Any]) -> None:
@@ -106,7 +109,7 @@ def refuse_batching(config: Mapping[str, Any]) -> None:
     Raises:
         InvalidRequest: it does.
     """
-    for name in ("parallel", "kv_budget", "engine"):
-        if config.get(name) not in (None, 1, "auto"):
+    for name, harmless in (("parallel", 1), ("kv_budget", None), ("engine", "auto"), ("token_gap", None)):
+        if config.get(name) not in (None, harmless):
             problem = f"is {shorten(config[name])}, and a transformers model answers one request at a time"
             raise InvalidRequest(name, f"{problem}; leave it out, or use the ONNX builder")
