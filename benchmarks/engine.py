@@ -78,8 +78,10 @@ class Bench:
 
     def __init__(self, folder: Path, **settings: Any):
         self.watched = Watched(onnx_decoder(folder, settings))
-        # What idle time computes for the next turn of a conversation would disturb the next measurement.
-        self.predictor = Predictor(Service(Tokens.from_folder(folder), self.watched, renew_after=None))
+        # What idle time computes for the next turn of a conversation would disturb the next measurement; and random
+        # weights go round in circles, which proposals would make fast: speculation.py measures them.
+        service = Service(Tokens.from_folder(folder), self.watched, renew_after=None, speculation=False)
+        self.predictor = Predictor(service)
         self._random = random.Random(0)
         # The answers are as long as they are asked to be.
         self._params = {

@@ -76,7 +76,9 @@ class Ours:
     """This toolkit's service over a decoder."""
 
     def __init__(self, decoder: Any, folder: Path):
-        self.service = Service(Tokens.from_folder(folder), decoder, queue_limit=None, renew_after=None)
+        # Random weights go round in circles, which proposals would make fast: speculation.py measures them.
+        settings = {"queue_limit": None, "renew_after": None, "speculation": False}
+        self.service = Service(Tokens.from_folder(folder), decoder, **settings)
         self._never = dict.fromkeys(decoder.eos, -100.0)
 
     def play(self, load: Sequence[Arrival]) -> list[list[float]]:

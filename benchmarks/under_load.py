@@ -53,7 +53,8 @@ def main() -> None:
     folder = weights.resolve(weights.EMBEDDED, "onnx").folder
     eos = json.loads((folder / "genai_config.json").read_text("utf-8"))["model"]["eos_token_id"]
     environment = {
-        "MLFLOW_PYFUNC_INFERENCE_CONFIG": json.dumps({"parallel": asked.parallel}),
+        # An answer that may not end goes round in circles, which proposals would make short work of.
+        "MLFLOW_PYFUNC_INFERENCE_CONFIG": json.dumps({"parallel": asked.parallel, "speculation": "off"}),
         "MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT": str(asked.timeout),
     }
     with tempfile.TemporaryDirectory() as temporary:

@@ -160,6 +160,7 @@ class FakeDecoder:
         block: see Decoder.
         mixed: see Decoder.
         cost: see Decoder.
+        switch: see Decoder.
         on_call: called in each call with its name, slot (None for decode) and ids; may raise or wait. A step counts as
             a "prefill" of each slot whose prompt it goes on with, and as one "decode" of all others together.
     """
@@ -175,11 +176,12 @@ class FakeDecoder:
         block: int = 1,
         mixed: bool = False,
         cost: float = 0.1,
+        switch: int = 0,
         on_call: Callable[[str, int | None, list[int]], None] = lambda name, slot, ids: None,
     ):
         self.slots, self.chunk, self.context_length, self.eos = slots, chunk, context_length, EOS
         self.capacity, self.block = capacity or slots * context_length, block
-        self.mixed, self.cost = mixed, cost
+        self.mixed, self.cost, self.switch = mixed, cost, switch
         self.calls: list[tuple[str, int | None, list[int]]] = []
         self.closed = False
         self._script = script

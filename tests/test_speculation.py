@@ -271,6 +271,23 @@ def test_tokens_are_proposed_only_where_so_few_answers_run_that_it_pays(load, sl
     assert {count for count, proposed in seen.items() if proposed} == set(range(1, most + 1))
 
 
+def test_what_is_proposed_does_not_take_a_sequence_over_the_switch(load):
+    class Switched(FakeDecoder):
+        def step(self, parts):
+            for slot, part in parts.items():
+                start = len(self._sequences[slot])
+                assert len(part.ids) == 1 or not start < self.switch < start + len(part.ids)
+                crossed.append(start == self.switch)
+            return super().step(parts)
+
+    crossed = []
+    decoder = Switched(lambda prompt: LETTERS[:3] * 20, context_length=150, chunk=16, cost=0.01, switch=48)
+    service = load(decoder)
+    assert service.start(chat()).wait().choices[0].tokens == 61
+    assert any(crossed)
+    assert service.statistics().steps < 30
+
+
 def test_a_grammar_that_fails_while_tokens_are_proposed_ends_its_answer_alone(load, monkeypatch):
     service = load(FakeDecoder(slots=2, context_length=100, mixed=True))
 

@@ -81,8 +81,10 @@ def subject(model_uri: str | None, parallel: int | None = None) -> Iterator[tupl
                 + (": the flat task's answers have no token counts" if task == "flat" else "")
             )
         flavor = logged.flavors["python_function"]
-        # All requests of a measurement wait as long as they have to.
-        config = {**flavor["config"], **_from_environment(), "queue_limit": 2**20, "queue_timeout": None}
+        # All requests of a measurement wait as long as they have to. Answers that may not end by themselves go round in
+        # circles, which proposals would make fast.
+        apart = {"queue_limit": 2**20, "queue_timeout": None, "speculation": "off"}
+        config = {**flavor["config"], **_from_environment(), **apart}
         if parallel is not None:
             config["parallel"] = parallel
         before = resident()

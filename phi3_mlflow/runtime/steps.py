@@ -92,8 +92,11 @@ class Steps:
         parts = {}
         for slot, token in running:
             assert slot.job is not None
+            # What is only proposed does not take a sequence over the switch, from where it may have to go back.
+            ahead = self._decoder.switch - len(slot.tokens)
+            here = min(most, ahead - 1) if ahead > 0 else most
             try:
-                proposed = slot.job.generation.propose(most, self._decoder.cost) if most else []
+                proposed = slot.job.generation.propose(here, self._decoder.cost) if here else []
             except Exception as error:
                 self._fail(slot, error)
                 continue

@@ -43,6 +43,7 @@ class Decoder(Protocol):
             on how a prompt is parted, but for parts of one token. Otherwise a step takes one part alone, or one token
             for each of several slots.
         cost: about how much longer a step takes for each token more, as a share of a step of one token.
+        switch: a sequence that gets longer than this is computed anew, which takes long (LongRope); 0 for none.
         eos: the ids that end an answer, as the weights' own configuration names them.
     """
 
@@ -53,6 +54,7 @@ class Decoder(Protocol):
     chunk: int
     mixed: bool
     cost: float
+    switch: int
     eos: frozenset[int]
 
     def step(self, parts: Mapping[int, Part]) -> Mapping[int, np.ndarray]:

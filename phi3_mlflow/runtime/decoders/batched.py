@@ -51,6 +51,7 @@ class BatchedDecoder:
     mixed = False
     # At full size on two cores one token takes 83 ms, and 16 take 480.
     cost = 0.3
+    switch = 0
     # As for onnxruntime-genai, so that prompts are computed in the same company and give the same logits. It is how
     # long the other sequences wait: 0.5 to 0.7 s at full size on two cores.
     chunk = 16

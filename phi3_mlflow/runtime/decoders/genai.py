@@ -42,6 +42,7 @@ class GenaiDecoder:
     mixed = False
     # At full size on two cores one token takes 83 ms, and 16 take 480.
     cost = 0.3
+    switch = 0
     # A chunk is how long /ping and cancellation may wait, 0.5 to 0.7 s at full size on two cores. Chunks of 16 to 256
     # tokens were measured to be equally fast.
     chunk = 16

@@ -169,7 +169,7 @@ class OpenVinoDecoder:
                 f"{path} has {built.layers} layers with {built.heads.key} heads of {built.heads.size} for keys, and "
                 f"genai_config.json says {shape.layers}, {shape.heads} and {shape.head_size}"
             )
-        self._heads, self._switch, self._weights = built.heads, built.switch, built.weights
+        self._heads, self.switch, self._weights = built.heads, built.switch or 0, built.weights
         self._compiled = ov.Core().compile_model(built.model, "CPU", dict(properties))
         self._request = self._compiled.create_infer_request()
         self._caches = give_caches(self._compiled, self._request, self.capacity // BLOCK)
@@ -217,7 +217,7 @@ class OpenVinoDecoder:
         begins, blocks, block_begins = [0], [], [0]
         for slot, part in parts.items():
             ids += part.ids
-            offset = self._switch if self._switch is not None and self._long[slot] else 0
+            offset = self.switch if self._long[slot] else 0
             positions += range(offset + starts[slot], offset + self._blocks.lengths[slot])
             wanted += range(len(ids) - part.logits, len(ids))
             begins.append(len(ids))
@@ -236,7 +236,7 @@ class OpenVinoDecoder:
 
     def _turn_over(self, slot: int, end: int) -> None:
         """Computes a sequence anew that is on the other side of the switch than it was computed for."""
-        long = self._switch is not None and end > self._switch
+        long = 0 < self.switch < end
         if long != self._long[slot]:
             self._blocks.truncate(slot, 0)
             self._long[slot] = long
