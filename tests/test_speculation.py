@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fakes import EOS, IDS, LOGITS, TOKENS, FakeDecoder, hashed, spell
-from test_grammar import SCHEMAS, wrap
+from test_grammar import SCHEMAS, closed, wrap
 
 from phi3_mlflow.runtime.decoders.base import Part
 from phi3_mlflow.runtime.generation import Generation
@@ -58,6 +58,24 @@ def all_of(answer):
     return answer.prompt_tokens, answer.choices
 
 
+def schema(rng, depth=2):
+    """A random schema, of which much is spelled out."""
+    kinds = ["const", "enum", "boolean", "integer", *["object", "array"] * (depth > 0)]
+    words = [" ".join(rng.choices(["hello", "world", "the capital", "é", '"q"'], k=3)) for _ in range(3)]
+    match rng.choice(kinds):
+        case "object":
+            properties = {word: schema(rng, depth - 1) for word in words}
+            return closed(properties, required=rng.sample(words, rng.randint(1, 3)))
+        case "array":
+            return {"type": "array", "items": schema(rng, depth - 1), "minItems": 1, "maxItems": rng.randint(1, 3)}
+        case "const":
+            return {"const": rng.choice([words[0], None, 12345, [words[1], True]])}
+        case "enum":
+            return {"enum": words}
+        case kind:
+            return {"type": kind}
+
+
 def request(rng):
     """A request with random options."""
     options = {
@@ -73,7 +91,7 @@ def request(rng):
     }
     if rng.random() < 0.6:
         regex = {"type": "regex", "regex": "(yes|no), hello world( the capital of spain){1,4}"}
-        options["response_format"] = rng.choice([regex, {"type": "json_object"}, wrap(rng.choice(SCHEMAS))])
+        options["response_format"] = rng.choice([regex, wrap(rng.choice(SCHEMAS)), wrap(schema(rng))])
     return chat(rng.choice(["yes", "no", "hello world the capital", "abcdef" * 3]), **options)
 
 

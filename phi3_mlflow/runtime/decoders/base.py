@@ -65,7 +65,7 @@ class Decoder(Protocol):
 
         Returns:
             By slot, where logits are wanted, (part.logits, vocabulary) float32: for the places behind the part's last
-            positions. Valid until the next call.
+            positions. Valid until the next step.
 
         Raises:
             Exception: the step failed. Until they are rewound, its slots may hold any number of its tokens.
