@@ -21,13 +21,17 @@ class _Group(click.Group):
     """A group whose commands end with one line and exit code 1 where an error is meant for the user."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return sorted([*super().list_commands(context), "azure", "serve"])
+        return sorted([*super().list_commands(context), "azure", "containerize", "serve"])
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name == "azure":
             from phi3_mlflow.azure.cli import azure
 
             return azure
+        if name == "containerize":
+            from phi3_mlflow.containers.cli import containerize
+
+            return containerize
         if name == "serve":
             from phi3_mlflow.serve.cli import serve
 

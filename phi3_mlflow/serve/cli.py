@@ -45,7 +45,7 @@ def _look_up(spec: "Spec") -> None:
         raise ServeError(f"the model `{spec.name}` cannot be loaded: {str(error).splitlines()[0]} ({place})") from error
 
 
-@click.command()
+@click.command(context_settings={"auto_envvar_prefix": "PHI3_MLFLOW_SERVE"})
 @click.argument("uris", nargs=-1, metavar="[MODEL_URI]...")
 @click.option("--name", "named", multiple=True, metavar="NAME=URI", help="Serve a model under this name. Repeatable.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")

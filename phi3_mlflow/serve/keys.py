@@ -54,6 +54,9 @@ def read(path: Path | None) -> Keys:
         KeysError: the file cannot be read, a line is not of that form, a name stands twice, or a key is too short.
     """
     lines: list[str] = []
+    if VARIABLE in os.environ and not _meant(os.environ[VARIABLE].split(",")):
+        # Who sets it wants keys: without any, the server would be open to all.
+        raise KeysError(f"{VARIABLE} is set and holds no key: write NAME=KEY,NAME=KEY into it, or unset it")
     if path is not None:
         try:
             lines = path.read_text("utf-8").splitlines()
