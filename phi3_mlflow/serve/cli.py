@@ -57,6 +57,7 @@ def _look_up(spec: "Spec") -> None:
 @click.option("--watch-seconds", type=click.FloatRange(0.1), default=10.0, show_default=True, help="Between two looks.")
 @click.option("--keys", type=click.Path(path_type=Path), help="A file with API keys, NAME=KEY a line.")
 @click.option("--cors", multiple=True, metavar="ORIGIN", help="Let pages of this origin call. Repeatable.")
+@click.option("--trusted-proxy", multiple=True, metavar="ADDRESS", help="Take its X-Forwarded-For. Repeatable.")
 @click.option("--max-body", type=click.IntRange(1024), default=4 * 2**20, show_default=True, help="Bytes of a request.")
 @click.option("--timeout", type=click.FloatRange(0.1), default=600.0, show_default=True, help="Seconds for an answer.")
 @click.option("--max-concurrent", type=click.IntRange(1), help="Requests at once, those that wait included.")
@@ -78,6 +79,7 @@ def serve(
     watch_seconds: float,
     keys: Path | None,
     cors: tuple[str, ...],
+    trusted_proxy: tuple[str, ...],
     max_body: int,
     timeout: float,
     max_concurrent: int | None,
@@ -121,7 +123,7 @@ def serve(
         logging.getLogger(name).setLevel(logging.WARNING)
     settings: dict[str, Any] = parse_config(config)
     known = read(keys)
-    process = Process(host, port, drain, preload)
+    process = Process(host, port, drain, preload, trusted_proxy)
     with ExitStack() as stack:
         specs = [Spec(*each) for each in _names(named, uris)]
         if not specs:

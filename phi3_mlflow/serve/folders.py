@@ -4,11 +4,15 @@ import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import mlflow
+from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.utils.models import get_model_name_and_version
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
+
+from phi3_mlflow.runtime.errors import Phi3Error
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,10 @@ def version(uri: str) -> str:
     """Asks the registry which version a registered model's URI means now.
 
     Raises:
-        MlflowException: there is no such model, version or alias, or the registry does not answer.
+        Phi3Error: there is no such alias.
+        MlflowException: there is no such model or version, or the registry does not answer.
     """
-    return str(get_model_name_and_version(mlflow.MlflowClient(), uri)[1])
+    return str(_meant(mlflow.MlflowClient(), uri)[1])
 
 
 def fetch(uri: str, kept: Folder | None = None) -> Folder:
@@ -66,6 +71,7 @@ def fetch(uri: str, kept: Folder | None = None) -> Folder:
         kept: what was found before; used again where it is the same still.
 
     Raises:
+        Phi3Error: there is no such alias.
         MlflowException: there is no such model, or the store does not answer.
     """
     source, number = _source(uri)
@@ -89,7 +95,7 @@ def _source(uri: str) -> tuple[str, str | None]:
     """
     client = mlflow.MlflowClient()
     if uri.startswith("models:/"):
-        found = get_model_name_and_version(client, uri)
+        found = _meant(client, uri)
         if len(found) == 1:
             return client.get_logged_model(found[0]).artifact_location, None
         name, number = found
@@ -106,3 +112,13 @@ def _source(uri: str) -> tuple[str, str | None]:
             if not (token := page.token):
                 return f"{run.info.artifact_uri}/{name}", None
     return uri, None
+
+
+def _meant(client: mlflow.MlflowClient, uri: str) -> tuple[Any, ...]:
+    """The id of a logged model, or the name and the version of a registered one, that a URI means now."""
+    try:
+        return get_model_name_and_version(client, uri)
+    except MlflowException as error:
+        if error.error_code == "INVALID_PARAMETER_VALUE":  # of an alias, whose error names no model
+            raise Phi3Error(f"{uri} means no version: {error.message}") from error
+        raise

@@ -74,7 +74,7 @@ class Models:
                 "object": "model",
                 "created": self._created,
                 "owned_by": "phi3_mlflow",
-                "root": place.spec.uri,
+                "root": place.spec.root,
                 "max_model_len": place.context_length,
                 "loaded": place.loaded is not None,
             }

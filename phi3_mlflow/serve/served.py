@@ -51,6 +51,11 @@ class Spec:
         return {self.name, self.uri, *((parts[0], "".join(parts)) if parts else ())}
 
     @property
+    def root(self) -> str:
+        """What anybody may know of where it comes from: where it lies on this machine or another is nobody's affair."""
+        return self.uri if self.uri.startswith(("models:/", "runs:/")) else self.name
+
+    @property
     def follows_alias(self) -> bool:
         """Whether the registry may come to mean another version by the URI."""
         parts = registered(self.uri)

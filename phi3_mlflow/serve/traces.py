@@ -5,7 +5,6 @@ All that is said to a tracking server is said by one thread. Requests never wait
 
 import asyncio
 import logging
-import math
 import os
 import random
 from collections import OrderedDict
@@ -13,7 +12,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import mlflow
 from mlflow.entities import AssessmentSource, AssessmentSourceType
@@ -32,8 +30,6 @@ _logger = logging.getLogger(__name__)
 _TRACES, _ROOM, _REQUEST = 1000, 64 << 20, 1 << 20
 # So many of the last traces take feedback.
 _REMEMBERED = 10_000
-# The longest name and the longest text that feedback may have, in characters.
-_NAME, _TEXT = 250, 10_000
 
 
 class Traces:
@@ -90,39 +86,25 @@ class Traces:
         else:
             self._forget(trace_id)
 
-    async def feedback(
-        self,
-        trace_id: str,
-        value: bool | float | str,
-        *,
-        name: str = "user_feedback",
-        comment: str | None = None,
-        user: str | None = None,
-        seconds: float = 10.0,
-    ) -> None:
+    async def feedback(self, trace_id: str, value: bool, *, seconds: float = 10.0) -> None:
         """Writes what somebody thinks of an answer to its trace.
 
         Args:
             trace_id: of a request that this server has answered.
-            value: true or false for thumbs, or a number, or a text.
-            name: what is judged, in at most 250 characters.
-            comment: why, in at most 10000 characters.
-            user: who says so.
+            value: whether it is good.
             seconds: how long it may take.
 
         Raises:
-            HttpError: 400 for a value that means nothing, 404 for a trace that this server did not make or did not
-                keep, 409 for one that has not ended, 503 where the tracking server did not take it in time.
+            HttpError: 404 for a trace that this server did not make or did not keep, 409 for one that has not ended,
+                503 where the tracking server did not take it in time.
         """
-        _check_feedback(value, name, comment)
         ended = self._known.get(trace_id)
         if ended is None:
             problem = f"this server has no trace {trace_id[:60]!r}; it may be too old, or was dropped"
             raise HttpError(404, problem, param="trace_id", code="trace_not_found")
         if not ended:
             raise HttpError(409, f"the answer of {trace_id} has not ended; try again then", param="trace_id")
-        source = AssessmentSource(AssessmentSourceType.HUMAN, (user or "anonymous")[:_NAME])
-        work = partial(self._note, trace_id=trace_id, name=name, value=value, rationale=comment, source=source)
+        work = partial(self._judge, trace_id, value)
         future: Future[None] = Future()
         # Behind its trace where that waits, or else before all traces that do.
         if not self.queue.put(partial(_settle, future, work), first=trace_id not in self._unwritten):
@@ -152,9 +134,10 @@ class Traces:
             raise
         self._unwritten.discard(record.trace_id)
 
-    def _note(self, **feedback: Any) -> None:
+    def _judge(self, trace_id: str, value: bool) -> None:
         self._spans.knock()
-        mlflow.log_feedback(**feedback)
+        source = AssessmentSource(AssessmentSourceType.HUMAN, "anonymous")
+        mlflow.log_feedback(trace_id=trace_id, name="user_feedback", value=value, source=source)
 
     def _forget(self, trace_id: str) -> None:
         self._known.pop(trace_id, None)
@@ -164,18 +147,6 @@ class Traces:
 def _without_logprobs(answer: Answer) -> Answer:
     choices = [replace(choice, logprobs=None) for choice in answer.choices]
     return replace(answer, choices=choices, prompt_logprobs=None)
-
-
-def _check_feedback(value: Any, name: Any, comment: Any) -> None:
-    if not isinstance(value, (bool, int, float, str)) or (isinstance(value, float) and not math.isfinite(value)):
-        raise HttpError(400, "`value` must be true, false, a number or a text", param="value", code="invalid_value")
-    if isinstance(value, str) and len(value) > _TEXT:
-        raise HttpError(400, f"`value` has {len(value)} characters; {_TEXT} are allowed", param="value")
-    if not isinstance(name, str) or not 0 < len(name) <= _NAME or not name.isprintable():
-        problem = f"`name` must be a text of 1 to {_NAME} printable characters"
-        raise HttpError(400, problem, param="name", code="invalid_value")
-    if comment is not None and (not isinstance(comment, str) or len(comment) > _TEXT):
-        raise HttpError(400, f"`comment` must be a text of at most {_TEXT} characters", param="comment")
 
 
 def _not_taken(why: str) -> HttpError:

@@ -260,15 +260,13 @@ def test_feedback_becomes_mlflows_on_the_trace_also_where_that_waits_to_be_writt
     records = [request(written, service) for _ in range(3)]
 
     async def both():
-        await written.feedback(records[2].trace_id, True, comment="good", user="ada", seconds=PATIENCE)
-        await written.feedback(records[0].trace_id, 0.5, name="helpful", seconds=PATIENCE)
+        await written.feedback(records[2].trace_id, True, seconds=PATIENCE)
+        await written.feedback(records[0].trace_id, False, seconds=PATIENCE)
 
     asyncio.run(both())
-    (thumb,) = mlflow.get_trace(records[2].trace_id).info.assessments
-    assert (thumb.name, thumb.value, thumb.rationale) == ("user_feedback", True, "good")
-    assert (thumb.source.source_type, thumb.source.source_id) == ("HUMAN", "ada")
-    (number,) = mlflow.get_trace(records[0].trace_id).info.assessments
-    assert (number.name, number.value) == ("helpful", 0.5)
+    for record, value in ((records[2], True), (records[0], False)):
+        (thumb,) = mlflow.get_trace(record.trace_id).info.assessments
+        assert (thumb.name, thumb.value, thumb.source.source_type) == ("user_feedback", value, "HUMAN")
 
 
 def test_feedback_that_cannot_be_taken_is_refused_in_words(traces, service, monkeypatch):
@@ -282,11 +280,6 @@ def test_feedback_that_cannot_be_taken_is_refused_in_words(traces, service, monk
     open_record = Record("POST", "/v1/chat/completions")
     written.begun(open_record)
     assert refused(written.feedback(open_record.trace_id, True))[0] == 409
-    for value in (None, [], {}, float("nan"), "a" * 10_001):
-        assert refused(written.feedback(own, value))[0] == 400
-    for name in ("", "a" * 251, "a\nb", 7):
-        assert refused(written.feedback(own, True, name=name))[0] == 400
-    assert refused(written.feedback(own, True, comment="a" * 10_001))[0] == 400
     until(lambda: written.queue.done == 1)
     mlflow.MlflowClient().delete_traces(mlflow.get_trace(own).info.experiment_id, trace_ids=[own])
     assert refused(written.feedback(own, True, seconds=PATIENCE)) == (404, f"the tracking server has no trace {own}")
