@@ -289,6 +289,13 @@ def test_log_probabilities_of_a_text_completion_have_openais_shape():
     assert openai.types.Completion.model_validate(body).choices[0].logprobs.text_offset == [0, 1]
 
 
+def test_the_first_token_of_a_prompt_has_null_for_its_log_probability_and_for_the_likeliest_tokens():
+    told = [TokenLogprob(0, b"<s>", None), TokenLogprob(0, b"a", -0.3, ((b"a", -0.3),))]
+    body = completion(Answer(2, [Choice("a", "eos", 2, told)]), "llm/v1/completions", "phi3")
+    likely = body["choices"][0]["logprobs"]
+    assert (likely["token_logprobs"], likely["top_logprobs"]) == ([None, -0.3], [None, {"a": -0.3}])
+
+
 def test_of_two_tokens_with_one_text_the_likelier_one_is_told():
     told = [TokenLogprob(0, b"a", -0.3, ((b"a", -0.3), (b"b", -1.0), (b"a", -1.3)))]
     body = completion(Answer(7, [Choice("a", "eos", 2, told)]), "llm/v1/completions", "phi3")

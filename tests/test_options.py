@@ -145,6 +145,7 @@ def test_stop_takes_a_string_or_a_list_of_strings():
         (1, "stop", "is 1; it must be a string or a list of strings"),
         ({"a": 1}, "stop", "is {'a': 1}; it must be a string or a list of strings"),
         (["a"] * (MAX_STOP_SEQUENCES + 1), "stop", "has 17 entries; at most 16 are allowed"),
+        (["a", "b\ud800"], "stop[1]", "has the lone surrogate U+D800 at position 1, which no text has; leave it out"),
         ("", "stop[0]", "is ''; it must be a string of 1 to 256 characters"),
         (["a", ""], "stop[1]", "is ''; it must be a string of 1 to 256 characters"),
         (["a", None], "stop[1]", "is None; it must be a string of 1 to 256 characters"),

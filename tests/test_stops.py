@@ -231,3 +231,15 @@ def test_a_product_does_not_ask_for_repeats_and_what_is_asked_for_is_bounded():
     for prompt in ("Write it 100 times.", "Write it 999 times."):
         assert RepetitionGuard(prompt).step("word " * (MOST_ASKED + 1))[1] is None
         assert RepetitionGuard(prompt).step("word " * (MOST_ASKED + 3))[1] == "repetition"
+
+
+def test_copies_go_their_own_ways():
+    stops = Stops(["END"], prompt="Write hello 30 times")
+    texts = ["hello " * 30 + "E", "a\n\nUser: b", "ha " * 300, "xEND"]
+    copies = [stops.copy() for _ in texts]
+    steps = [copied.step(text[:7]) for copied, text in zip(copies, texts, strict=True)]
+    rests = [answer(copied, text[7:]) for copied, text in zip(copies, texts, strict=True)]
+
+    for text, (shown, reason), (rest, ended) in zip(texts, steps, rests, strict=True):
+        expected = answer(Stops(["END"], prompt="Write hello 30 times"), text)
+        assert (shown + rest, reason or ended) == expected

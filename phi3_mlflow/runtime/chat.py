@@ -183,11 +183,18 @@ def logprobs(likely: Sequence[TokenLogprob] | None, *, chat: bool) -> dict[str, 
         "logprobs": {
             "tokens": [_token_text(each.token) for each in likely],
             "token_logprobs": [each.logprob for each in likely],
-            # Two tokens may have one text, such as a letter and its byte: the likelier one counts, and comes last here.
-            "top_logprobs": [{_token_text(token): value for token, value in reversed(each.top)} for each in likely],
+            "top_logprobs": [_top_logprobs(each) for each in likely],
             "text_offset": [each.start for each in likely],
         }
     }
+
+
+def _top_logprobs(likely: TokenLogprob) -> dict[str, float] | None:
+    """None for the first token of a prompt, which nothing comes before."""
+    if likely.logprob is None:
+        return None
+    # Two tokens may have one text, such as a letter and its byte: the likelier one counts, and comes last here.
+    return {_token_text(token): value for token, value in reversed(likely.top)}
 
 
 def _chat_logprob(token: bytes, logprob: float | None) -> dict[str, Any]:

@@ -101,7 +101,7 @@ class Generation:
         token = self.prompt[place]
         start, written = self._echoed, self._echo.step(token)
         if logits is None:
-            self.prompt_logprobs.append(TokenLogprob(start + self._echo.carried, self._echo.piece(token), None))
+            self.prompt_logprobs.append(TokenLogprob(start + self._echo.carried, self._echo.shown(token), None))
         else:
             self.prompt_logprobs.append(self._likelihood(start, logits, token, self._echo))
         self._echoed += len(written)
@@ -126,7 +126,7 @@ class Generation:
             if self._echo is None:
                 return ended
             # Who has the prompt echoed counts its tokens from both ends: each token of the answer has its place.
-            last = TokenLogprob(self._written, self._text.piece(token), logprob(raw, token, 0).logprob)
+            last = replace(self._likelihood(0, raw, token, self._text), start=self._written)
             return replace(ended, logprobs=[*(ended.logprobs or ()), last])
         if self._grammar is not None:
             self._grammar.accept(token)
@@ -187,5 +187,5 @@ class Generation:
 
     def _likelihood(self, start: int, logits: np.ndarray, token: int, text: TextDecoder) -> TokenLogprob:
         found = logprob(logits, token, self._top or 0)
-        top = tuple((text.piece(each), value) for each, value in found.top)
-        return TokenLogprob(start + text.carried, text.piece(token), found.logprob, top)
+        top = tuple((text.shown(each), value) for each, value in found.top)
+        return TokenLogprob(start + text.carried, text.shown(token), found.logprob, top)

@@ -35,6 +35,7 @@ class Prepared:
         max_tokens: how many tokens may be sampled.
         limit: the stop reason when that many were.
         deadline: where the request's own `max_time` ends, on time.monotonic()'s clock.
+        stops: where the answers' text has to end, to be copied for each.
         grammar: what the answers must conform to, to be copied for each.
     """
 
@@ -44,6 +45,7 @@ class Prepared:
     max_tokens: int
     limit: StopReason
     deadline: float | None
+    stops: Stops
     grammar: Grammar | None
 
     @property
@@ -149,7 +151,8 @@ class Service:
         grammar = self._check(request.options)
         max_time = request.options.max_time
         deadline = None if max_time is None else time.monotonic() + max_time
-        return Prepared(request, array("i", ids), dropped, min(wanted, room), limit, deadline, grammar)
+        stops = _stops(request, guarded=grammar is None)
+        return Prepared(request, array("i", ids), dropped, min(wanted, room), limit, deadline, stops, grammar)
 
     def run(
         self,
@@ -214,7 +217,6 @@ class Service:
     ) -> Run:
         request, options, ids = prepared.request, prepared.request.options, prepared.ids.tolist()
         grammar = prepared.grammar
-        asked = request.prompt[-1]["content"] if isinstance(request.prompt, tuple) else request.prompt
         deadlines = [each for each in (deadline, prepared.deadline) if each is not None]
         generations = [
             Generation(
@@ -225,13 +227,7 @@ class Service:
                 vocab_size=self.tokens.vocab_size,
                 eos=self._eos,
                 text=self.tokens.decoder(strip=isinstance(request.prompt, tuple)),
-                # A guard must not cut an answer that has to conform to a grammar.
-                stops=Stops(
-                    options.stop,
-                    repetition=grammar is None and options.repetition_guard,
-                    self_talk=grammar is None and options.self_talk_guard,
-                    prompt=asked if isinstance(asked, str) else "",
-                ),
+                stops=prepared.stops.copy(),
                 grammar=grammar and grammar.copy(),
                 choice=choice,
                 echo=self.tokens.decoder() if request.echo and options.logprobs and choice == 0 else None,
@@ -255,3 +251,15 @@ class Service:
                 problem = f"is beyond this model's vocabulary; token ids are below {self.tokens.vocab_size}"
                 raise InvalidRequest(f"logit_bias[{token}]", problem)
         return self._grammars.compile(options.response_format)
+
+
+def _stops(request: Request, *, guarded: bool) -> Stops:
+    """Where the answers' text has to end. A guard must not cut one that has to conform to a grammar."""
+    options = request.options
+    asked = request.prompt[-1]["content"] if isinstance(request.prompt, tuple) else request.prompt
+    return Stops(
+        options.stop,
+        repetition=guarded and options.repetition_guard,
+        self_talk=guarded and options.self_talk_guard,
+        prompt=asked if isinstance(asked, str) else "",
+    )

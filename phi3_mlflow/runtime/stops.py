@@ -5,6 +5,7 @@ nothing about tokens or models. Each has `step` (new text in; text that is final
 if so) and `flush` (the answer ended by itself; the text held back until then is released).
 """
 
+import copy
 import re
 from collections.abc import Sequence
 from typing import Literal, Protocol
@@ -38,6 +39,13 @@ class Stops:
         if self_talk:
             self._machines.append(SelfTalkGuard(prompt))
         self._reason: TextStop | None = None
+
+    def copy(self) -> "Stops":
+        """The same for another answer, before the first step: a long prompt is looked through once."""
+        copied = copy.copy(self)
+        # What a machine knows from its beginning is never changed; the rest is replaced, not written into.
+        copied._machines = [copy.copy(machine) for machine in self._machines]
+        return copied
 
     def step(self, text: str) -> tuple[str, TextStop | None]:
         """Take new text of the answer.

@@ -33,6 +33,8 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _CACHED_ROLES = 64
 # Characters or items that a template may make by a product.
 _MOST_PRODUCT = 10_000
+# Characters that take about a millisecond to encode.
+_LONG = 2000
 _PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
 
 
@@ -121,7 +123,7 @@ class Tokens:
             prompt: text, in which control tokens are text too.
             bos: whether it begins with what the tokenizer puts before plain text.
         """
-        return self._bos * bos + self._first.encode(prompt, add_special_tokens=False).ids
+        return self._bos * bos + _ids(self._first, prompt)
 
     def decode(self, ids: Iterable[int], *, strip: bool = True) -> str:
         """Ids to text, control tokens left out.
@@ -151,8 +153,7 @@ class Tokens:
             if after and specs[after[0]]["lstrip"]:  # type: ignore[index]
                 text = text.rstrip(_WHITE_SPACE)
             if text:
-                plain = self._inner if index else self._first
-                ids += plain.encode(text, add_special_tokens=False).ids
+                ids += _ids(self._inner if index else self._first, text)
         return ids
 
     def _split_template(self, roles: tuple[str, ...]) -> list[int | str | tuple[int]]:
@@ -202,16 +203,21 @@ class TextDecoder:
         self.carried = 0
         self._pieces = pieces
         self._names = names
-        self._strip = strip
+        self._strip = self._stripped = strip
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def piece(self, token: int) -> bytes:
         """The UTF-8 bytes that a token stands for, part of a character maybe; for a control token its name."""
         return self._pieces[token] or self._names.get(token, b"")
 
+    def shown(self, token: int) -> bytes:
+        """What `piece` is in the place of the last step: without the spaces that a text loses at its beginning."""
+        piece = self.piece(token)
+        return piece[min(self._stripped, len(piece) - len(piece.lstrip(b" "))) :]
+
     def step(self, token: int) -> str:
         """The text that this token completes, often a word, sometimes nothing."""
-        piece = self._pieces[token]
+        piece, self._stripped = self._pieces[token], self._strip
         held = self._utf8.getstate()[0]
         self.carried = int(bool(held and piece) and _breaks_off(held + piece[:1]))
         return self._trim(self._utf8.decode(piece))
@@ -302,6 +308,12 @@ def _raise_template_error(message: str) -> None:
 
 def _token_text(token: Any) -> str:
     return token["content"] if isinstance(token, Mapping) else str(token)
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    if len(text) > _LONG:  # `encode` holds Python's lock, which others wait for
+        return tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
+    return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def _prefix_ids(tokenizer_json: str, config: Mapping[str, Any], added: Mapping[str, Any]) -> list[int]:

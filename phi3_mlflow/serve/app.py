@@ -9,9 +9,10 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -21,7 +22,6 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from phi3_mlflow.runtime import chat
 from phi3_mlflow.runtime.errors import InvalidRequest, shorten
 from phi3_mlflow.runtime.service import Prepared, Service
 
@@ -37,6 +37,9 @@ from .wire import JsonResponse
 _logger = logging.getLogger(__name__)
 
 DONE = event("[DONE]")
+# Threads that read requests and write answers. Python's lock lets one of them go on at a time, mostly.
+_WORKERS = 4
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class Server:
         self.starting = False  # whether models are still loaded that were to be before the first request
         self.draining = False
         self.current = 0  # requests that were posted and have no answer yet
+        self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="phi3-read")
         self._metrics = metrics
         self._feedback = feedback
         routes: list[BaseRoute] = [
@@ -132,6 +136,8 @@ class Server:
         self.app = Starlette(
             routes=routes, middleware=middleware, exception_handlers={404: _not_found, 405: _not_allowed}
         )
+        # Where a redirect leads to would be what the Host header says.
+        self.app.router.redirect_slashes = False
         self._observers = observers
 
     async def _chat(self, request: HttpRequest) -> Response:
@@ -146,11 +152,17 @@ class Server:
         async with AsyncExitStack() as stack:
             loaded, record = await self._lease(stack, request, body)
             service = loaded.service
-            wanted = parse(body, service.defaults)
+
+            def read() -> tuple[openai.Wanted, list[Prepared], list[str | None]]:
+                wanted = parse(body, service.defaults)
+                prepared = [service.prepare(each) for each in wanted.requests]
+                return wanted, prepared, [openai.echoed(each, service.tokens) for each in wanted.requests]
+
+            wanted, prepared, echoed = await self._work(request, read)
             record.task, record.stream = wanted.kind, wanted.stream
-            pieces = await self._start(service, wanted, record)
+            pieces = self._run(service, prepared, record)
             stack.callback(pieces.cancel)
-            shape = openai.Shape(wanted, [run.answer for run in pieces.runs], loaded.name, service.tokens)
+            shape = openai.Shape(wanted, [run.answer for run in pieces.runs], loaded.name, echoed)
             if not wanted.stream:
                 return await self._whole(request, pieces, shape, record)
 
@@ -170,12 +182,18 @@ class Server:
         body = await self._body(request)
         async with AsyncExitStack() as stack:
             loaded, record = await self._lease(stack, request, body)
+            service = loaded.service
+
+            def read() -> tuple[openai.Wanted, list[Prepared]]:
+                wanted = responses.parse(body, service.defaults)
+                return wanted, [service.prepare(each) for each in wanted.requests]
+
             try:
-                wanted = responses.parse(body, loaded.service.defaults)
-                record.task, record.stream = wanted.kind, wanted.stream
-                pieces = await self._start(loaded.service, wanted, record)
+                wanted, prepared = await self._work(request, read)
             except InvalidRequest as error:
                 raise responses.renamed(error, body) from None
+            record.task, record.stream = wanted.kind, wanted.stream
+            pieces = self._run(service, prepared, record)
             stack.callback(pieces.cancel)
             shape = responses.Shape(body, wanted.requests[0].options, pieces.runs[0].answer, loaded.name)
             if not wanted.stream:
@@ -207,8 +225,10 @@ class Server:
             service = loaded.service
             record.body, record.stream, record.task = body, True, service.task
             try:
-                prepared = await asyncio.to_thread(self._prepared, service, [service.parse(body)])
-                pieces = self._run(service, prepared, record)
+                prepared = await self._work(request, lambda: service.prepare(service.parse(body)))
+                pieces = self._run(service, [prepared], record)
+            except ClientLeft:
+                raise
             except Exception as error:
                 return invocations.refused(error)
             stack.callback(pieces.cancel)
@@ -224,14 +244,14 @@ class Server:
 
             return await self._stream(request, stack, pieces, events, invocations.failed, record, invocations.refused)
 
-    async def _start(self, service: Service, wanted: openai.Wanted, record: Record) -> Pieces:
-        # Long texts take time to be read, and schemas to be compiled; others go on meanwhile.
-        prepared = await asyncio.to_thread(self._prepared, service, wanted.requests)
-        return self._run(service, prepared, record)
+    async def _work(self, request: HttpRequest, work: Callable[[], Result]) -> Result:
+        """Has a request read or an answer written by one of a few threads; others go on meanwhile.
 
-    @staticmethod
-    def _prepared(service: Service, requests: Sequence[chat.Request]) -> list[Prepared]:
-        return [service.prepare(each) for each in requests]
+        Long texts take time to be read, schemas to be compiled, and thousands of log probabilities to be written. What
+        waits for a thread when its client leaves is not begun.
+        """
+        loop = asyncio.get_running_loop()
+        return await while_connected(request.receive, loop.run_in_executor(self._workers, work))
 
     def _run(self, service: Service, prepared: Sequence[Prepared], record: Record) -> Pieces:
         deadline = time.monotonic() + self.limits.seconds
@@ -254,7 +274,7 @@ class Server:
                 pass
 
         await while_connected(request.receive, take())
-        return JsonResponse(shape.whole(), headers=_headers(record))
+        return await self._work(request, lambda: JsonResponse(shape.whole(), headers=_headers(record)))
 
     async def _stream(
         self,
@@ -334,7 +354,7 @@ class Server:
         body = await self._body(request)
         async with AsyncExitStack() as stack:
             loaded, _ = await self._lease(stack, request, body)
-            return JsonResponse(await asyncio.to_thread(function, body, loaded.service))
+            return await self._work(request, lambda: JsonResponse(function(body, loaded.service)))
 
     async def _health(self, request: HttpRequest) -> Response:
         dead = [loaded.name for loaded in self.models.loaded() if not loaded.service.statistics().alive]

@@ -171,10 +171,10 @@ class Shape:
         wanted: the request.
         answers: one for each of its prompts, in the making.
         model: what the response names as the model.
-        tokens: of the model; for the text of a prompt that came as ids.
+        prompts: the text with which the answers to each of them begin, see `echoed`.
     """
 
-    def __init__(self, wanted: Wanted, answers: Sequence[Answer], model: str, tokens: Tokens):
+    def __init__(self, wanted: Wanted, answers: Sequence[Answer], model: str, prompts: Sequence[str | None]):
         self._wanted = wanted
         self._answers = answers
         self._chat = wanted.kind == "llm/v1/chat"
@@ -188,7 +188,7 @@ class Shape:
             self._head["object"] = "chat.completion.chunk"
         self._opened: set[int] = set()
         self._held: list[list[Piece]] = [[] for _ in answers]
-        self._prompts = [_echoed(request, tokens) for request in wanted.requests]
+        self._prompts = prompts
 
     def whole(self) -> dict[str, Any]:
         """The response object, when all answers have ended."""
@@ -274,7 +274,7 @@ class Shape:
         return before * first + text, likely
 
 
-def _echoed(request: Request, tokens: Tokens) -> str | None:
+def echoed(request: Request, tokens: Tokens) -> str | None:
     """The prompt's text as an answer repeats it; None where it does not."""
     if not request.echo:
         return None

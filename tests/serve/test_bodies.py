@@ -178,12 +178,12 @@ def whole(service, wanted):
 def test_chats_have_openais_shape_whole_and_in_chunks(service, more):
     wanted = chat(stream=True, stream_options={"include_usage": True}, **more)
     runs, (pieces,) = whole(service, wanted)
-    shape = openai.Shape(wanted, [run.answer for run in runs], "phi3", TOKENS)
+    shape = openai.Shape(wanted, [run.answer for run in runs], "phi3", [None] * len(runs))
     chunks = [chunk for piece in pieces for chunk in shape.chunks(0, piece)] + shape.last()
 
     for chunk in chunks:
         ChatCompletionChunk.model_validate(chunk, strict=True)
-    answer = openai.Shape(chat(**more), [run.answer for run in runs], "phi3", TOKENS).whole()
+    answer = openai.Shape(chat(**more), [run.answer for run in runs], "phi3", [None] * len(runs)).whole()
     ChatCompletion.model_validate(answer, strict=True)
     assert answer["choices"][0]["message"]["content"] == "hello world"
 
@@ -191,12 +191,14 @@ def test_chats_have_openais_shape_whole_and_in_chunks(service, more):
 def test_completions_have_openais_shape_and_repeat_the_prompt_where_asked(service):
     wanted = completion(prompt=["hello", "world"], echo=True, logprobs=1)
     runs, _ = whole(service, wanted)
-    answer = openai.Shape(wanted, [run.answer for run in runs], "phi3", TOKENS).whole()
+    prompts = [openai.echoed(each, TOKENS) for each in wanted.requests]
+    answer = openai.Shape(wanted, [run.answer for run in runs], "phi3", prompts).whole()
 
     for choice in answer["choices"]:
-        # OpenAI's own answers have a null for a token that nothing comes before, and its client's type does not.
-        assert choice["logprobs"]["token_logprobs"][0] is None
-        choice["logprobs"]["token_logprobs"][0] = 0.0
+        # OpenAI's own answers have nulls for a token that nothing comes before, and its client's type does not.
+        likely = choice["logprobs"]
+        assert (likely["token_logprobs"][0], likely["top_logprobs"][0]) == (None, None)
+        likely["token_logprobs"][0], likely["top_logprobs"][0] = 0.0, {}
     Completion.model_validate(answer, strict=True)
     assert [choice["text"] for choice in answer["choices"]] == ["hello hello world", "world hello world"]
 

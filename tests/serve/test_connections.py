@@ -23,7 +23,7 @@ from phi3_mlflow.serve import server as server_module
 from phi3_mlflow.serve.app import Limits, Server
 from phi3_mlflow.serve.keys import Keys
 from phi3_mlflow.serve.served import Spec
-from phi3_mlflow.serve.server import http_server
+from phi3_mlflow.serve.server import Process, http_server, listen
 from phi3_mlflow.serve.streams import Pieces
 
 CHAT = "/v1/chat/completions"
@@ -85,18 +85,18 @@ class Running:
         connection.connect(self.address)
         return connection
 
-    def post(self, body, path=CHAT):
-        return httpx.post(f"http://{self.address[0]}:{self.address[1]}{path}", json=body, timeout=PATIENCE)
+    def post(self, body, path=CHAT, **more):
+        return httpx.post(f"http://{self.address[0]}:{self.address[1]}{path}", json=body, timeout=PATIENCE, **more)
 
 
 @contextmanager
-def running(service, **limits):
+def running(service, trusted_proxies=(), **limits):
     """A server over one service, for the length of a block."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+    with listen(Process(port=0)) as listening:
         models = OneModel(service)
         state = Running(listening.getsockname(), models, [])
         server = Server(models, keys=Keys({}), limits=Limits(**limits), observers=[state])
-        uvicorn = http_server(server.app)
+        uvicorn = http_server(server.app, trusted_proxies)
         thread = threading.Thread(target=lambda: asyncio.run(uvicorn.serve(sockets=[listening])), daemon=True)
         thread.start()
         until(lambda: uvicorn.started)
@@ -338,3 +338,65 @@ def test_an_answer_ends_with_what_it_has_when_its_time_is_over():
         assert choice["finish_reason"] == "length"
         assert choice["stop_reason"] == "max_time"
         assert "abcdefghi".startswith(choice["message"]["content"])
+
+
+def test_what_follows_the_headers_does_not_wait_for_a_client_to_acknowledge_them():
+    with listen(Process(port=0)) as listening, socket.create_connection(listening.getsockname()) as client:
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert accepted.getpeername() == client.getsockname()
+
+
+@pytest.mark.parametrize(("trusted", "client"), [((), "127.0.0.1"), (("127.0.0.1",), "203.0.113.9")])
+def test_what_a_client_says_of_its_address_is_taken_from_trusted_proxies_alone(trusted, client):
+    with running(service(), trusted_proxies=trusted) as server:
+        server.post(BODY, headers={"x-forwarded-for": "203.0.113.9"})
+        until(lambda: server.records)
+
+        assert server.records[0].client == client
+
+
+def test_nothing_leads_to_where_a_host_header_says():
+    with running(service()) as server:
+        answer = server.post(BODY, CHAT + "/", headers={"host": "evil.example"})
+
+        assert answer.status_code == 404
+        assert "location" not in answer.headers
+
+
+class Reading(Service):
+    """Reads no request before `go` is set."""
+
+    def __init__(self):
+        super().__init__(TOKENS, FakeDecoder(lambda prompt: LETTERS[:9]))
+        self.go = threading.Event()
+        self.read = []
+
+    def prepare(self, request):
+        self.read.append(request.prompt)
+        assert self.go.wait(PATIENCE)
+        return super().prepare(request)
+
+
+def test_requests_that_take_long_to_be_read_hold_up_nobody_else_and_those_whose_client_left_are_not_read():
+    reading = Reading()
+    with running(reading) as server:
+        body = BODY | {"messages": [{"role": "user", "content": "two"}]}
+        connections = [server.connect() for _ in range(5)]
+        for connection in connections[:4]:
+            connection.sendall(raw("POST", CHAT, BODY))
+        until(lambda: len(reading.read) == 4)
+        connections[4].sendall(raw("POST", CHAT, body))
+        until(lambda: server.models.leases == 5)
+        health = httpx.get(f"http://{server.address[0]}:{server.address[1]}/health", timeout=PATIENCE)
+        connections[4].close()
+        until(lambda: server.models.leases == 4)
+        reading.go.set()
+        answers = [connection.recv(65536) for connection in connections[:4]]
+
+        assert health.status_code == 200
+        assert all(answer.startswith(b"HTTP/1.1 200") for answer in answers)
+        assert len(reading.read) == 4
+        for connection in connections:
+            connection.close()

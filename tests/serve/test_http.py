@@ -36,6 +36,8 @@ REFUSED = {
     "a lone surrogate in the text": (
         CHAT, b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "U+D800 at position 0",
     ),
+    "a lone surrogate in a stop sequence": (CHAT, with_raw('"stop": ["a", "b\\ud800"]'), 400, "`stop[1]` has the lone"),
+    "a path that ends in a slash": ("/v1/models/../completions/", {"prompt": "a"}, 404, "there is nothing at"),
     "a model that is a number": (CHAT, with_raw('"model": 1'), 400, "it must be a string"),
     "a model's path": (CHAT, with_raw('"model": "/etc/passwd"'), 404, "is not served here"),
     "a field of 100,000 characters": (CHAT, with_raw(f'"{"x" * 100_000}": 1'), 400, "is not a field of this request"),

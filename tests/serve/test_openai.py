@@ -3,8 +3,6 @@
 Run: pytest tests/serve/test_openai.py
 """
 
-from fakes import TOKENS
-
 from phi3_mlflow.runtime.answers import Answer, Choice, Piece, TokenLogprob
 from phi3_mlflow.runtime.options import Options
 from phi3_mlflow.serve import openai
@@ -17,7 +15,7 @@ def likely(text, start=0):
 def test_a_choice_that_comes_before_its_prompt_was_read_waits_for_the_prompts_log_probabilities():
     body = {"prompt": "one two", "n": 2, "echo": True, "logprobs": 0, "stream": True}
     answer = Answer(2, [Choice(logprobs=[]), Choice(logprobs=[])], prompt_logprobs=[likely("one")])
-    shape = openai.Shape(openai.parse_completion(body, Options()), [answer], "phi3", TOKENS)
+    shape = openai.Shape(openai.parse_completion(body, Options()), [answer], "phi3", ["one two"])
 
     early = shape.chunks(0, Piece(1, "a", None, [likely("a")]))
     answer.prompt_logprobs.append(likely(" two", 3))
@@ -32,7 +30,7 @@ def test_a_choice_that_comes_before_its_prompt_was_read_waits_for_the_prompts_lo
 def test_a_prompt_that_was_not_read_in_time_holds_nothing_back_in_the_end():
     body = {"prompt": "one two", "n": 2, "echo": True, "logprobs": 0, "stream": True}
     answer = Answer(2, [Choice(logprobs=[]), Choice(logprobs=[])], prompt_logprobs=[likely("one")])
-    shape = openai.Shape(openai.parse_completion(body, Options()), [answer], "phi3", TOKENS)
+    shape = openai.Shape(openai.parse_completion(body, Options()), [answer], "phi3", ["one two"])
 
     assert shape.chunks(0, Piece(1, "", "max_time", [])) == []
     ended = shape.chunks(0, Piece(0, "", "max_time", [], last=True))

@@ -125,7 +125,8 @@ def test_max_tokens_under_either_name_ends_with_length(client, model):
 
 def test_log_probabilities_have_the_chat_shape(client, model):
     options = {"model": model, "messages": SPAIN, "logprobs": True, "top_logprobs": 2}
-    content = client.chat.completions.create(**options).choices[0].logprobs.content
+    choice = client.chat.completions.create(**options).choices[0]
+    content = choice.logprobs.content
     streamed = [
         token
         for chunk in client.chat.completions.create(**options, stream=True)
@@ -133,7 +134,8 @@ def test_log_probabilities_have_the_chat_shape(client, model):
         for token in chunk.choices[0].logprobs.content
     ]
 
-    assert "".join(token.token for token in content).lstrip().startswith(MADRID)
+    assert "".join(token.token for token in content) == choice.message.content == MADRID
+    assert b"".join(bytes(token.bytes) for token in content) == MADRID.encode()
     assert all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in content)
     assert [token.token for token in streamed] == [token.token for token in content]
 
@@ -207,11 +209,12 @@ def test_echo_with_log_probabilities_covers_the_prompt(client, model):
 
     assert answer.choices[0].text.startswith(prompt)
     assert likely.tokens[0] == "<s>"
-    assert "".join(likely.tokens[1:]).lstrip().removesuffix("<|end|>") == answer.choices[0].text
+    assert "".join(likely.tokens[1:]).removesuffix("<|end|>") == answer.choices[0].text
     assert likely.text_offset == sorted(likely.text_offset)
     # Evaluation harnesses leave the last one out, and take the rest for the prompt's.
     assert len(likely.tokens) == len(likely.text_offset) == answer.usage.prompt_tokens + 1
-    assert likely.token_logprobs[0] is None
+    assert (likely.token_logprobs[0], likely.top_logprobs[0]) == (None, None)
+    assert all(likely.top_logprobs[1:])
     assert all(value <= 0 for value in likely.token_logprobs[1:])
     # Worse than chance over a vocabulary would be wrong: this is what the model was trained on.
     assert sum(likely.token_logprobs[-4:-1]) > -30
