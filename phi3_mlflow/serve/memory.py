@@ -24,8 +24,11 @@ from .threads import in_thread
 
 _logger = logging.getLogger(__name__)
 
-# Seconds between two attempts to load a model that cannot be loaded.
-RETRY_AFTER = 5.0
+# Seconds between two attempts to load a model that cannot be loaded, or that ends whenever it is asked something: twice
+# as long after each further failure, up to the last number.
+RETRY_AFTER, MOST_RETRY_AFTER = 5.0, 300.0
+# Seconds that a model has to go on for until its earlier failures are forgotten.
+STEADY = 60.0
 # Seconds after which a client may ask again where nobody knows how long it will take.
 _LATER = 10
 # Seconds for which a load waits for a model that nobody uses. Then the one that was not used for the longest time
@@ -49,8 +52,10 @@ class Place:
         began: when that was asked for, on time.monotonic()'s clock.
         claimed: whether that takes memory already.
         changing: whether another version is being loaded beside it.
-        failure: why the last load failed, for clients; None where it did not.
-        ended: when it did.
+        since: when `loaded` was, on time.monotonic()'s clock.
+        failures: how often in a row it could not be loaded, or ended soon after.
+        failure: what was the matter the last time, for clients; None where it was loaded since.
+        again: when it may be loaded again, on time.monotonic()'s clock.
         folder: where it was loaded from.
         context_length: tokens; None until it is known.
     """
@@ -62,8 +67,10 @@ class Place:
     began: float = 0.0
     claimed: bool = False
     changing: bool = False
+    since: float = 0.0
+    failures: int = 0
     failure: str | None = None
-    ended: float = -math.inf
+    again: float = -math.inf
     folder: Folder | None = None
     context_length: int | None = None
 
@@ -98,13 +105,14 @@ class Memory:
         """
         if self._end is not None:
             raise _ending()
-        if place.loaded is not None and not place.loaded.service.statistics().alive:
-            _logger.error("%s has failed and is loaded again", place.spec.name)
-            self._retire(place)
         if place.loaded is not None:
-            return self._lend(place.loaded)
+            if time.monotonic() >= place.since + STEADY:
+                place.failures = 0
+            if place.loaded.service.statistics().alive:
+                return self._lend(place.loaded)
+            self._bury(place)
         if place.loading is None:
-            if time.monotonic() < place.ended + RETRY_AFTER and place.failure is not None:
+            if time.monotonic() < place.again:
                 raise _failed(place)
             place.began = time.monotonic()
             place.loading = self._spawn(self._bring(place))
@@ -126,6 +134,16 @@ class Memory:
             if not place.waiters and not place.claimed and place.loading is not None:
                 place.loading.cancel()  # it waits for memory, and nobody waits for it
                 place.loading = None
+
+    def failed(self) -> dict[str, str]:
+        """Models that nobody gets an answer from, by their names, and what is the matter with each."""
+        found = {}
+        for place in self._places:
+            if place.loaded is not None and not place.loaded.service.statistics().alive:
+                found[place.spec.name] = "has ended and is loaded again at the next request"
+            elif place.loaded is None and place.loading is None and place.failure is not None:
+                found[place.spec.name] = f"{place.failure}; {_again(place)}"
+        return found
 
     def give_back(self, loaded: Loaded) -> None:
         """Ends a lease."""
@@ -205,7 +223,9 @@ class Memory:
             work = partial(self._load, spec, kept=place.folder)
             loaded = await in_thread(work, name=f"load {spec.name}", discard=_discard)
         except Exception as error:
-            place.failure, place.ended = told(error), time.monotonic()
+            place.failures += 1
+            place.failure = f"cannot be loaded: {told(error)}"
+            place.again = time.monotonic() + _rest(place.failures)
             _logger.error("%s (%s) cannot be loaded: %s", spec.name, spec.uri, logged(error))
             place.loading = None
             self._refuse(place, partial(_failed, place))
@@ -258,9 +278,20 @@ class Memory:
         return new
 
     def _install(self, place: Place, loaded: Loaded) -> None:
-        place.loaded = loaded
+        place.loaded, place.since = loaded, time.monotonic()
         place.folder = loaded.folder
         place.context_length = loaded.service.context_length
+
+    def _bury(self, place: Place) -> None:
+        """Ends a model whose thread has ended. The first time it may be loaded again at once."""
+        place.failures += 1
+        if place.failures == 1:
+            _logger.error("%s has failed and is loaded again", place.spec.name)
+        else:
+            place.failure = f"has failed {place.failures} times in a row while it answered; the server's log says why"
+            place.again = time.monotonic() + _rest(place.failures - 1)
+            _logger.error("%s has failed %d times in a row; %s", place.spec.name, place.failures, _again(place))
+        self._retire(place)
 
     def _retire(self, place: Place, *, final: bool = False) -> Loaded:
         """Ends that a model takes requests; it is closed when those that use it are done."""
@@ -329,8 +360,18 @@ def _unavailable(message: str, seconds: int) -> HttpError:
 
 
 def _failed(place: Place) -> HttpError:
-    left = math.ceil(max(1.0, place.ended + RETRY_AFTER - time.monotonic()))
-    return _unavailable(f"the model `{place.spec.name}` cannot be loaded: {place.failure}", left)
+    left = math.ceil(max(1.0, place.again - time.monotonic()))
+    return _unavailable(f"the model `{place.spec.name}` {place.failure}", left)
+
+
+def _rest(failures: int) -> float:
+    """Seconds until a model may be loaded again after so many failures in a row."""
+    return min(RETRY_AFTER * 2.0 ** min(failures - 1, 10), MOST_RETRY_AFTER)
+
+
+def _again(place: Place) -> str:
+    left = math.ceil(place.again - time.monotonic())
+    return f"it is loaded again at the first request {f'after {left} seconds' if left > 0 else 'that comes'}"
 
 
 def _ending() -> HttpError:

@@ -109,6 +109,10 @@ class Models:
         """The models that take requests now without being loaded first."""
         return [place.loaded for place in self._places.values() if place.loaded is not None]
 
+    def failed(self) -> dict[str, str]:
+        """Models that nobody gets an answer from, by their names, and what is the matter with each."""
+        return self._memory.failed()
+
     @asynccontextmanager
     async def lease(self, name: str | None) -> AsyncIterator[Loaded]:
         """A model in memory, which stays there while it is held.

@@ -51,10 +51,13 @@ class OneModel:
         return Spec("phi3", "models:/phi3/1")
 
     def list(self):
-        return []
+        return [{"id": "phi3"}]
 
     def loaded(self):
         return [self._loaded]
+
+    def failed(self):
+        return {} if self._loaded.service.statistics().alive else {"phi3": "has ended"}
 
     @asynccontextmanager
     async def lease(self, name):
