@@ -18,6 +18,8 @@ from typing import Any
 
 from mlflow.environment_variables import MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT
 
+from .runs import Run
+
 # Set by mlflow.pyfunc.scoring_server: by the server's command for its workers, and when it has loaded the model.
 _WORKER = "__pyfunc_model_path__"
 _SERVING = "_MLFLOW_IS_IN_SERVING_ENVIRONMENT"
@@ -29,22 +31,29 @@ _THREADS = 256
 _arrival = threading.local()
 
 
-class _Leave:
-    """What ends the work of one request; called once, maybe before the work was begun."""
+class Hosted:
+    """One request that is answered in other threads, as its host sees it.
+
+    Attributes:
+        runs: what was begun for it.
+    """
 
     def __init__(self) -> None:
+        self.runs: list[Run] = []
         self._lock = threading.Lock()
         self._left = False
         self._ends: list[Callable[[], None]] = []
 
     def add(self, end: Callable[[], None]) -> None:
+        """Has `end` called when the client leaves."""
         with self._lock:
             self._ends.append(end)
             left = self._left
         if left:
             end()
 
-    def __call__(self) -> None:
+    def leave(self) -> None:
+        """Ends the work, also what is begun later: the client has left."""
         with self._lock:
             self._left = True
             ends = list(self._ends)
@@ -53,7 +62,7 @@ class _Leave:
 
 
 # Of the request that this context belongs to.
-_current: ContextVar[_Leave | None] = ContextVar("current", default=None)
+_current: ContextVar[Hosted | None] = ContextVar("current", default=None)
 
 
 class RequestExecutor(ThreadPoolExecutor):
@@ -94,20 +103,26 @@ def deadline() -> float | None:
 
 
 @contextmanager
-def leaving() -> Iterator[Callable[[], None]]:
-    """For a block that answers a request in other threads: gives what ends their work when the client has left."""
-    leave = _Leave()
-    token = _current.set(leave)
+def hosted() -> Iterator[Hosted]:
+    """For a block that answers a request in other threads: what they do for it."""
+    request = Hosted()
+    token = _current.set(request)
     try:
-        yield leave
+        yield request
     finally:
         _current.reset(token)
 
 
 def call_when_left(end: Callable[[], None]) -> None:
     """Has `end` called when the client of this thread's request leaves, where the host can tell."""
-    if (leave := _current.get()) is not None:
-        leave.add(end)
+    if (request := _current.get()) is not None:
+        request.add(end)
+
+
+def watch() -> Callable[[Run], object]:
+    """What is to be called, in any thread, with each run that is begun for this thread's request."""
+    request = _current.get()
+    return (lambda run: None) if request is None else request.runs.append
 
 
 def attend(end: Callable[[], None]) -> None:

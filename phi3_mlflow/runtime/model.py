@@ -172,7 +172,7 @@ class Predictor:
             except Exception as error:
                 answers[index] = self._instead(error, places[index])
         try:
-            table = self.service.run_table(prepared, deadline=deadline)
+            table = self.service.run_table(prepared, deadline=deadline, begun=hosting.watch())
         except Exception as error:
             raise clean(error) from None
         hosting.call_when_left(table.cancel)

@@ -171,7 +171,13 @@ class Service:
         self._scheduler.submit(run.jobs, run.fail)
         return run
 
-    def run_table(self, rows: Sequence[Prepared], *, deadline: float | None = None) -> Table:
+    def run_table(
+        self,
+        rows: Sequence[Prepared],
+        *,
+        deadline: float | None = None,
+        begun: Callable[[Run], object] = lambda run: None,
+    ) -> Table:
         """Starts prepared requests that came together; others take turns with them.
 
         With several slots the longest are begun first, so that the last ones to end together are short; with one slot,
@@ -180,18 +186,22 @@ class Service:
         Args:
             rows: what to answer.
             deadline: on time.monotonic()'s clock; what is not begun by then gets no answer.
+            begun: called with each run when it is made, in any thread.
 
         Raises:
             Busy: too many requests are waiting already.
             Unavailable: the model takes no requests any more.
         """
+        came = time.monotonic()
+
+        def make(row: int) -> Run:
+            run = self._run(rows[row], deadline, lambda event: None, renew=len(rows) == 1)
+            run.came = came
+            begun(run)
+            return run
+
         key = (lambda row: rows[row].ids) if self.slots == 1 else (lambda row: -rows[row].most_tokens)
-        ignored: Callable[[Event], object] = lambda event: None  # noqa: E731
-        table = Table(
-            sorted(range(len(rows)), key=key),
-            lambda row: self._run(rows[row], deadline, ignored, renew=len(rows) == 1),
-            deadline,
-        )
+        table = Table(sorted(range(len(rows)), key=key), make, deadline)
         self._scheduler.submit(table.jobs(), table.fail)
         return table
 

@@ -6,7 +6,6 @@ Knows HTTP and what the seam of the runtime offers; who counts, logs and traces 
 import asyncio
 import json
 import logging
-import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ from starlette.routing import BaseRoute, Route
 from phi3_mlflow.runtime.errors import InvalidRequest, shorten
 from phi3_mlflow.runtime.service import Prepared, Service
 
-from . import invocations, openai, responses, tokenize
+from . import bodies, invocations, openai, responses, status, tokenize
 from .errors import HttpError
 from .gate import Gate
 from .keys import Keys
@@ -218,12 +217,22 @@ class Server:
         """MLflow's own route, by MLflow's own app; or as a stream, where the body asks for one."""
         content = await self._content(request)
         async with AsyncExitStack() as stack:
-            body = invocations.streamed(request.headers.get("content-type"), content)
-            loaded, record = await self._lease(stack, request, {} if body is None else body)
-            if body is None:
-                return await while_connected(request.receive, invocations.forward(loaded.scoring, request, content))
+            body = invocations.json_object(request.headers.get("content-type"), content) or {}
+            named = "model" in body
+            if (name := request.query_params.get("model")) is not None:
+                body["model"] = name
+            loaded, record = await self._lease(stack, request, body)
             service = loaded.service
-            record.body, record.stream, record.task = body, True, service.task
+            record.stream, record.task = invocations.is_stream(body), service.task
+            if not record.stream:
+                for observer in self._observers:
+                    observer.begun(record)
+                if named:  # which is no input of the model's
+                    content = json.dumps(body).encode()
+                answering = invocations.forward(loaded.scoring, request, content, record)
+                response = await while_connected(request.receive, answering)
+                response.headers.update(_headers(record))
+                return response
             try:
                 prepared = await self._work(request, lambda: service.prepare(service.parse(body)))
                 pieces = self._run(service, [prepared], record)
@@ -333,7 +342,7 @@ class Server:
 
     async def _body(self, request: HttpRequest) -> dict[str, Any]:
         """The request's body as an object."""
-        return json_object(request.headers.get("content-type"), await self._content(request))
+        return bodies.json_object(request.headers.get("content-type"), await self._content(request))
 
     async def _list(self, request: HttpRequest) -> Response:
         return JsonResponse({"object": "list", "data": self.models.list()})
@@ -357,20 +366,10 @@ class Server:
             return await self._work(request, lambda: JsonResponse(function(body, loaded.service)))
 
     async def _health(self, request: HttpRequest) -> Response:
-        dead = [loaded.name for loaded in self.models.loaded() if not loaded.service.statistics().alive]
-        if dead:
-            problem = f"the model {', '.join(dead)} has ended and is loaded again at the next request"
-            raise HttpError(503, problem, kind="server_error", code="unavailable")
-        return Response("\n", media_type="application/json")
+        return status.health(self.models)
 
     async def _ready(self, request: HttpRequest) -> Response:
-        state = [(loaded, loaded.service.statistics()) for loaded in self.models.loaded()]
-        room = [each for each in state if each[1].has_room]
-        if self.draining or self.starting or not room:
-            waits = "is loading its models" if self.starting else "has no model with room in its queue"
-            problem = "is ending" if self.draining else waits if state or self.starting else "has no model"
-            raise HttpError(503, f"the server {problem}", kind="server_error", code="unavailable", retry_after=5)
-        return Response("\n", media_type="application/json")
+        return status.ready(self.models, starting=self.starting, draining=self.draining)
 
     async def _version(self, request: HttpRequest) -> Response:
         import mlflow.version
@@ -390,38 +389,6 @@ class Server:
             raise HttpError(404, "answers are not traced here: the server needs --trace", code="not_found")
         await self._feedback(trace, value)
         return JsonResponse({"ok": True})
-
-
-def json_object(content_type: str | None, content: bytes) -> dict[str, Any]:
-    """A body as an object.
-
-    Raises:
-        HttpError: it is none.
-    """
-    # Also where it is missing: a page of another site may post without a type, and without asking first.
-    kind = (content_type or "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        given = f"is {shorten(kind)}" if kind else "is missing"
-        raise HttpError(415, f"the content type {given}; it must be application/json")
-    try:
-        body = json.loads(content, parse_constant=_no_number, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else shorten(str(error), 120)
-        raise HttpError(400, f"the body is not valid JSON: {reason}", code="invalid_json") from None
-    if not isinstance(body, dict):
-        raise HttpError(400, "the body must be a JSON object", code="invalid_json")
-    return body
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is not a number of JSON")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):
-        raise ValueError(f"{shorten(text)} is beyond all floating-point numbers")
-    return number
 
 
 def _headers(record: Record) -> dict[str, str]:

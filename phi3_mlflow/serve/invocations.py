@@ -6,7 +6,7 @@ Knows MLflow's app as an ASGI app, and its errors' shape.
 import asyncio
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -20,6 +20,7 @@ from phi3_mlflow.runtime.model import clean
 from phi3_mlflow.runtime.service import Service
 
 from .errors import HttpError
+from .records import Record
 from .streams import event
 
 _logger = logging.getLogger(__name__)
@@ -27,21 +28,31 @@ _logger = logging.getLogger(__name__)
 _OPEN = ("messages", "prompt")  # bodies that MLflow hands on as they are
 
 
-def streamed(content_type: str | None, content: bytes) -> dict[str, Any] | None:
-    """The body, where it is one that asks for a stream; everything else is MLflow's to read."""
-    if (content_type or "").partition(";")[0].strip().lower() != "application/json" or b'"stream"' not in content:
+def json_object(content_type: str | None, content: bytes) -> dict[str, Any] | None:
+    """The body as an object; None where it is none, which is for MLflow to say."""
+    if (content_type or "").partition(";")[0].strip().lower() != "application/json":
         return None
     try:
         body = json.loads(content)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(body, dict) or body.get("stream") is not True or not any(name in body for name in _OPEN):
-        return None
-    return body
+    return body if isinstance(body, dict) else None
 
 
-async def forward(app: ASGIApp, request: HttpRequest, content: bytes) -> Response:
-    """What MLflow's app answers. Its threads are told when this is cancelled, so that they end their work."""
+def is_stream(body: Mapping[str, Any]) -> bool:
+    """Whether a body asks for a stream; everything else is MLflow's to answer."""
+    return body.get("stream") is True and any(name in body for name in _OPEN)
+
+
+async def forward(app: ASGIApp, request: HttpRequest, content: bytes, record: Record) -> Response:
+    """What MLflow's app answers. Its threads are told when this is cancelled, so that they end their work.
+
+    Args:
+        app: MLflow's, over one model.
+        request: as it came.
+        content: its body.
+        record: is given what was begun for it.
+    """
     body: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
     sent: list[Message] = []
 
@@ -54,11 +65,12 @@ async def forward(app: ASGIApp, request: HttpRequest, content: bytes) -> Respons
     async def send(message: Message) -> None:
         sent.append(message)
 
-    with hosting.leaving() as leave:
+    with hosting.hosted() as hosted:
+        record.runs = hosted.runs
         try:
             await app(request.scope, receive, send)
         except asyncio.CancelledError:
-            leave()
+            hosted.leave()
             raise
         except Exception as error:
             if not (sent and sent[-1]["type"] == "http.response.body" and not sent[-1].get("more_body")):

@@ -3,13 +3,24 @@
 Run: pytest tests/serve/test_invocations.py
 """
 
+import asyncio
+import io
 import json
 
 import httpx
+import mlflow
 import pytest
-from process import serving
+from process import SPAIN, serving
+from prometheus_client.parser import text_string_to_metric_families
 from scoring import JSON, post
 from test_contract import ANSWERED, REFUSED, with_options
+
+from phi3_mlflow.serve.access import AccessLog
+from phi3_mlflow.serve.app import Limits, Server
+from phi3_mlflow.serve.keys import Keys
+from phi3_mlflow.serve.metrics import Metrics
+from phi3_mlflow.serve.models import Models, Spec
+from phi3_mlflow.serve.traces import Traces
 
 # What MLflow decides before a model sees it.
 DECIDED = {
@@ -85,3 +96,58 @@ def test_the_other_routes_say_the_same(both, path):
     mlflow, ours = (httpx.get(address + path, timeout=60) for address in both)
 
     assert (ours.status_code, ours.text) == (mlflow.status_code, mlflow.text)
+
+
+def test_whole_answers_are_counted_logged_and_traced_as_those_of_other_routes_and_their_model_is_chosen(
+    onnx_model, monkeypatch
+):
+    # MLflow's scoring app notes in the environment that it serves.
+    monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "false")
+    lines = io.StringIO()
+    log, metrics, traces = AccessLog(lines), Metrics(), Traces(1.0)
+    rows = {"dataframe_split": {"columns": ["messages"], "data": [[SPAIN], [SPAIN]]}}
+
+    async def run():
+        models = Models([Spec("a", str(onnx_model)), Spec("b", str(onnx_model))])
+        server = Server(models, keys=Keys({}), limits=Limits(), observers=[traces, log, metrics])
+        transport = httpx.ASGITransport(app=server.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            answers = [
+                await client.post("/invocations", json={"messages": SPAIN}),
+                await client.post("/invocations?model=b", json=rows),
+                await client.post("/invocations", json={"messages": SPAIN, "model": "b"}),
+                await client.post("/invocations?model=a", json={"messages": []}),
+                await client.post("/invocations?model=c", json={"messages": SPAIN}),
+            ]
+        text = metrics.render(models.loaded()).decode()
+        await models.close(10)
+        return answers, text
+
+    answers, text = asyncio.run(run())
+    log.close()
+    traces.close(60)
+
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 400, 404]
+    logged = [json.loads(line) for line in lines.getvalue().splitlines()]
+    assert [line["model"] for line in logged] == ["a", "b", "b", "a", None]
+    bodies = [answer.json() for answer in answers[:3]]
+    usages = [[each["usage"] for each in (body["predictions"] if isinstance(body, dict) else body)] for body in bodies]
+    assert [len(usage) for usage in usages] == [1, 2, 1]
+    for line, usage, answer in zip(logged, usages, answers, strict=False):
+        prompt, completion = (sum(each[name] for each in usage) for name in ("prompt_tokens", "completion_tokens"))
+        assert (line["prompt_tokens"], line["completion_tokens"]) == (prompt, completion)
+        assert line["finish_reasons"] == ["stop"] * len(usage)
+        assert 0 <= line["queue_seconds"] <= line["first_token_seconds"] <= line["seconds"]
+        trace = mlflow.get_trace(answer.headers["x-mlflow-trace-id"])
+        assert (trace.info.token_usage["input_tokens"], trace.info.token_usage["output_tokens"]) == (prompt, completion)
+    assert [line["prompt_tokens"] for line in logged[3:]] == [None, None]
+    samples = {
+        (sample.name, sample.labels.get("model_name")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name.startswith("vllm:request_generation_tokens_")
+    }
+    for name, served in (("a", usages[0]), ("b", usages[1] + usages[2])):
+        answered = [usage["completion_tokens"] for usage in served]
+        assert samples["vllm:request_generation_tokens_sum", name] == sum(answered)
+        assert samples["vllm:request_generation_tokens_count", name] == len(answered)
