@@ -20,9 +20,10 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def churn(
 ) -> dict[str, Any]:
     """Clients that ask and mostly leave; what they saw, and what the server held before and after."""
     settle(address)
+    asyncio.run(fill(address, clients))
     before = state(pid)
     seen: Counter[str] = Counter()
     wrong: list[str] = []
@@ -114,6 +116,13 @@ def churn(
     after = state(pid)
     held = {name: (before[name], after[name]) for name in before}
     return {"answered": seen["answered"], "left": seen["left"], "wrong": wrong, "seconds": round(took, 1), **held}
+
+
+async def fill(address: str, clients: int) -> None:
+    """As many whole answers of MLflow's route at once as there are clients: each has a thread, and threads stay."""
+    body = {"messages": [{"role": "user", "content": next(iter(QUESTIONS))}], "max_tokens": 1}
+    async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=None)) as client:
+        await asyncio.gather(*(client.post(f"{address}/invocations", json=body) for _ in range(clients)))
 
 
 def said(text: str, stream: bool) -> str:
@@ -277,17 +286,24 @@ def soak(minutes: float, folder: Path) -> dict[str, Any]:
     client.set_registered_model_alias("soak", "champion", versions[0])
     arguments = ["--name=moving=models:/soak@champion", "--name=fixed=models:/soak/1", "--watch", "--watch-seconds=5"]
     rounds, wrong = [], []
+    slow: Counter[str] = Counter()
     try:
         environment = {"MLFLOW_TRACKING_URI": uri, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
         with server(*arguments, "--trace=0.2", environment=environment) as (address, process):
             end = time.monotonic() + 60 * minutes
             seed = moved = 0
             kills = [end - 40 * minutes, end - 20 * minutes]
+            move_at = time.monotonic()
             while time.monotonic() < end:
                 seed += 1
+                readers = [threading.Thread(target=read_slowly, args=(address, slow, stays)) for stays in (True, False)]
+                for reader in readers:
+                    reader.start()
                 found = churn(
                     address, process.pid, clients=50, requests=10**6, seed=seed, seconds=20, models=("moving", "fixed")
                 )
+                for reader in readers:
+                    reader.join()
                 rounds.append({name: found[name] for name in ("answered", "left", "memory", "threads", "files")})
                 wrong += found["wrong"]
                 wrong += bad_requests(address)
@@ -296,10 +312,13 @@ def soak(minutes: float, folder: Path) -> dict[str, Any]:
                     kill(tracking)
                     churn(address, process.pid, clients=20, requests=10**6, seed=-seed, seconds=10)
                     tracking = track()
-                if seed % 3 == 0:
+                if time.monotonic() >= move_at:
                     moved += 1
+                    move_at = time.monotonic() + 60
                     client.set_registered_model_alias("soak", "champion", versions[moved % 2])
-                print(json.dumps({"left": round(end - time.monotonic()), **rounds[-1]}), file=sys.stderr, flush=True)
+                rest = round(end - time.monotonic())
+                print(json.dumps({"seconds to go": rest, **rounds[-1]}), file=sys.stderr, flush=True)
+            settle(address)
             told = metrics(address)
     finally:
         kill(tracking)
@@ -308,12 +327,44 @@ def soak(minutes: float, folder: Path) -> dict[str, Any]:
         "alias moved": moved,
         "answered": sum(each["answered"] for each in rounds),
         "left": sum(each["left"] for each in rounds),
-        "wrong": wrong[:20],
+        "slow readers": dict(slow),
+        "wrong": [*wrong[:20], *(each for each in slow if each not in ("answered", "left")), *unequal(told, moved)],
         "memory": [each["memory"][1] for each in rounds],
         "threads": [each["threads"][1] for each in rounds],
         "files": [each["files"][1] for each in rounds],
-        "metrics": {name: told[name] for name in ("vllm:request_success_total", "phi3_mlflow_answers_failed_total")},
+        "metrics": {name: told[name] for name in (*COUNTS.keys(), *COUNTS.values())},
     }
+
+
+# Each pair counts the same: what engines did, and what requests were given.
+COUNTS = {
+    "phi3_mlflow_answers_ended_total": "vllm:request_success_total",
+    "vllm:generation_tokens_total": "vllm:request_generation_tokens_sum",
+}
+
+
+def unequal(told: Counter[str], moved: int) -> list[str]:
+    """Counts that do not add up. A new version answers its example, which is nobody's request."""
+    return [
+        f"{engine} is {told[engine]:g}, and {requests} is {told[requests]:g}"
+        for engine, requests in COUNTS.items()
+        if not 0 <= told[engine] - told[requests] <= 100 * moved
+    ]
+
+
+def read_slowly(address: str, seen: Counter[str], stays: bool) -> None:
+    """One client that takes a large stream in small bites for some seconds; then all the rest, or it leaves."""
+    body = {"messages": [{"role": "user", "content": next(iter(QUESTIONS))}], **ENDLESS, "max_tokens": 2000}
+    body |= {"stream": True, "logprobs": True, "top_logprobs": 20}
+    with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=600) as response:
+        chunks, until, last = response.iter_raw(4096), time.monotonic() + 10, b""
+        while time.monotonic() < until and (last := next(chunks, b"")):
+            time.sleep(0.2)
+        if not stays:
+            seen["left"] += 1
+            return
+        last += b"".join(chunks)
+    seen["answered" if last.endswith(b"data: [DONE]\n\n") else f"not ended: {last[-200:]!r}"] += 1
 
 
 def bad_requests(address: str) -> list[str]:
@@ -326,8 +377,14 @@ def bad_requests(address: str) -> list[str]:
         b'{"model": "none"}',
         b"\xff" * 1000,
     ]
-    answers = [httpx.post(f"{address}/v1/chat/completions", content=body) for body in bodies]
+    url, kind = f"{address}/v1/chat/completions", {"content-type": "application/json"}
+    answers = [httpx.post(url, content=body, headers=kind, timeout=60) for body in bodies]
     return [f"{each.status_code} {each.text[:200]}" for each in answers if each.status_code not in (400, 404)]
+
+
+def leaked(memory: Sequence[float], threads: Sequence[float], files: Sequence[float]) -> bool:
+    """Whether the last of each is above the first by more than its noise."""
+    return memory[-1] > memory[0] + 100 or threads[-1] > threads[0] + 20 or files[-1] > files[0] + 5
 
 
 def free_port() -> int:
@@ -352,12 +409,12 @@ def main() -> None:
     arguments = parser.parse_args()
     model = [] if arguments.model is None else [f"--name=phi3={arguments.model}"]
     if arguments.what == "churn":
-        with server(*model) as (address, process):
+        with server(*model, "-c", f"queue_limit={arguments.clients}") as (address, process):
             churn(address, process.pid, clients=arguments.clients, requests=500, seed=1)  # until all is warm
             found = churn(
                 address, process.pid, clients=arguments.clients, requests=arguments.requests, seconds=arguments.seconds
             )
-        leaks = found["memory"][1] > found["memory"][0] + 100 or found["threads"][1] > found["threads"][0]
+        leaks = leaked(found["memory"], found["threads"], found["files"])
     elif arguments.what == "crowd":
         with server(*model, "-c", "queue_limit=8") as (address, _):
             found = crowd(address, requests=arguments.requests, tokens=arguments.tokens)
@@ -365,7 +422,8 @@ def main() -> None:
     else:
         with tempfile.TemporaryDirectory() as folder:
             found = soak(arguments.minutes, Path(folder))
-        leaks = False
+        # From the first third on, until when all is warm.
+        leaks = leaked(*(found[name][len(found[name]) // 3 :] for name in ("memory", "threads", "files")))
     print(json.dumps(found, indent=1))
     sys.exit(bool(leaks or found.get("wrong")))
 
