@@ -33,6 +33,7 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _CACHED_ROLES = 64
 # Characters or items that a template may make by a product.
 _MOST_PRODUCT = 10_000
+_NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 # Characters that take about a millisecond to encode.
 _LONG = 2000
 _PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
@@ -45,6 +46,10 @@ class Tokens:
         tokenizer_json: the text of `tokenizer.json` (SentencePiece-style BPE with byte fallback, as Phi-3's).
         config: `tokenizer_config.json`, parsed.
         chat_template: the Jinja template, where it is not in `config`.
+
+    Attributes:
+        chat_template: the Jinja template.
+        named: the texts of those control tokens that `config` gives a part, by its names for them.
 
     Raises:
         WeightsError: the tokenizer is of another kind, or its chat template cannot be used.
@@ -63,7 +68,9 @@ class Tokens:
         self._first, self._inner = _plain_tokenizers(parsed)
         self._pieces, self._strip = _decoder_table(parsed)
         self.longest_piece = max(map(len, self._pieces))  # UTF-8 bytes that one token can stand for
-        self._template = _ChatTemplate(chat_template or config.get("chat_template"), config)
+        self.chat_template = chat_template or config.get("chat_template")
+        self.named = {name: _token_text(config[name]) for name in _NAMED if config.get(name)}
+        self._template = _ChatTemplate(self.chat_template, config)
         self._layout = lru_cache(maxsize=256)(self._split_template)
         try:
             self._layout(("user",))

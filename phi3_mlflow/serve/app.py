@@ -110,6 +110,7 @@ class Server:
             Route("/v1/models/{name:path}", self._model, methods=["GET"]),
             Route("/tokenize", self._tokenize, methods=["POST"]),
             Route("/detokenize", self._detokenize, methods=["POST"]),
+            Route("/tokenizer_info", self._tokenizer_info, methods=["GET"]),
             Route("/invocations", self._invocations, methods=["POST"]),
             Route("/ping", self._health, methods=["GET"]),
             Route("/health", self._health, methods=["GET"]),
@@ -356,6 +357,11 @@ class Server:
 
     async def _detokenize(self, request: HttpRequest) -> Response:
         return await self._tokens(request, tokenize.detokenize)
+
+    async def _tokenizer_info(self, request: HttpRequest) -> Response:
+        async with AsyncExitStack() as stack:
+            loaded, _ = await self._lease(stack, request, dict(request.query_params))
+            return JsonResponse(tokenize.info(loaded.service))
 
     async def _tokens(
         self, request: HttpRequest, function: Callable[[Mapping[str, Any], Service], dict[str, Any]]

@@ -53,7 +53,15 @@ _HISTOGRAMS: dict[str, tuple[Sequence[float], str]] = {
 _ROUTES = frozenset(
     (
         *("/", "/invocations", "/ping", "/health", "/ready", "/version", "/metrics", "/feedback"),
-        *("/tokenize", "/detokenize", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models"),
+        *(
+            "/tokenize",
+            "/detokenize",
+            "/tokenizer_info",
+            "/v1/chat/completions",
+            "/v1/completions",
+            "/v1/responses",
+            "/v1/models",
+        ),
     )
 )
 _METHODS = frozenset(("GET", "HEAD", "POST", "OPTIONS"))

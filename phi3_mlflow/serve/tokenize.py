@@ -42,11 +42,24 @@ def tokenize(body: Mapping[str, Any], service: Service) -> dict[str, Any]:
             raise InvalidRequest("prompt", f"has {len(text)} characters; at most {_MOST_CHARACTERS} are read at once")
         for name in values:
             raise InvalidRequest(name, "is not a field of this request")
-        ids = service.tokens.encode_text(text, bos=special)
+        # Evaluation harnesses ask for the ids of control tokens so, one alone; within a text they are text.
+        control = service.tokens.control.get(text)
+        ids = service.tokens.encode_text(text, bos=special) if control is None else [control]
     found: dict[str, Any] = {"count": len(ids), "max_model_len": service.context_length, "tokens": ids}
     decoder = service.tokens.decoder()
     return found | {
         "token_strs": [decoder.piece(token).decode("utf-8", "replace") for token in ids] if strings else None
+    }
+
+
+def info(service: Service) -> dict[str, Any]:
+    """What an evaluation harness has to know of the tokenizer, as vLLM's /tokenizer_info has it."""
+    named = {name: service.tokens.named.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": service.context_length,
+        "chat_template": service.tokens.chat_template,
+        **named,
     }
 
 

@@ -8,7 +8,7 @@ import asyncio
 import httpx
 import openai
 import pytest
-from process import ENDLESS, MADRID, PATIENCE, SPAIN, until
+from process import ENDLESS, MADRID, PATIENCE, SPAIN, post, until
 from pydantic import BaseModel
 
 BUILDERS = ["onnx", "transformers"]
@@ -218,6 +218,34 @@ def test_echo_with_log_probabilities_covers_the_prompt(client, model):
     assert all(value <= 0 for value in likely.token_logprobs[1:])
     # Worse than chance over a vocabulary would be wrong: this is what the model was trained on.
     assert sum(likely.token_logprobs[-4:-1]) > -30
+
+
+def test_what_an_evaluation_harness_asks_finds_the_likeliest_of_three_continuations(server, client, model):
+    """As lm-evaluation-harness does it, with the server's tokenizer: scripts/harness.py runs the harness itself."""
+
+    def encode(text):
+        body = {"model": model, "prompt": text, "add_special_tokens": False}
+        return post(server, "/tokenize", body).json()["tokens"]
+
+    info = httpx.get(f"{server.address}/tokenizer_info", params={"model": model}, timeout=PATIENCE).json()
+    question, cities = "What is the capital of France?", ("Madrid", "Paris", "Rome")
+    whole = [encode(f"{question} The capital of France is {city}.") for city in cities]
+    answer = client.completions.create(model=model, prompt=whole, echo=True, logprobs=1, max_tokens=1, temperature=0)
+    length = len(encode(question))
+    scores = [sum(choice.logprobs.token_logprobs[length:-1]) for choice in answer.choices]
+    greedy = [
+        all(
+            own == max(top.values())
+            for own, top in zip(likely.token_logprobs[length:-1], likely.top_logprobs[length:-1], strict=True)
+        )
+        for likely in (choice.logprobs for choice in answer.choices)
+    ]
+
+    assert len(encode(info["bos_token"])) == len(encode(info["eos_token"])) == 1
+    assert len(encode(f"{info['bos_token']} ")) > 1  # within a text it is text
+    assert "assistant" in info["chat_template"]
+    assert scores.index(max(scores)) == 1
+    assert not greedy[0]
 
 
 def test_a_response_is_answered_whole_and_as_typed_events(client, model):
