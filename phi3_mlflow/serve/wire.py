@@ -20,5 +20,12 @@ class JsonResponse(JSONResponse):
     """Starlette's response, by `encode`."""
 
     def render(self, content: Any) -> bytes:
-        """The body."""
-        return encode(content)
+        """The body. Of an answer with several choices each is encoded by itself.
+
+        `json.dumps` keeps Python's lock until it is done, and log probabilities of many prompts may be 100 MB.
+        """
+        if not isinstance(content, dict) or len(content.get("choices", ())) < 2:
+            return encode(content)
+        rest = encode({name: value for name, value in content.items() if name != "choices"})
+        choices = b",".join(encode(choice) for choice in content["choices"])
+        return rest.removesuffix(b"}") + b',"choices":[' + choices + b"]}"

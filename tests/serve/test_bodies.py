@@ -3,6 +3,8 @@
 Run: pytest tests/serve/test_bodies.py
 """
 
+import json
+
 import pytest
 from fakes import TOKENS, FakeDecoder, spell
 from openai.types import Completion
@@ -14,6 +16,7 @@ from phi3_mlflow.runtime.options import Options
 from phi3_mlflow.runtime.service import Service
 from phi3_mlflow.serve import openai, responses, tokenize
 from phi3_mlflow.serve.keys import Keys
+from phi3_mlflow.serve.wire import JsonResponse, encode
 
 HELLO = [{"role": "user", "content": "hello"}]
 MINE = Options(temperature=0.5)
@@ -186,6 +189,14 @@ def test_chats_have_openais_shape_whole_and_in_chunks(service, more):
     answer = openai.Shape(chat(**more), [run.answer for run in runs], "phi3", [None] * len(runs)).whole()
     ChatCompletion.model_validate(answer, strict=True)
     assert answer["choices"][0]["message"]["content"] == "hello world"
+
+
+def test_choices_are_encoded_one_by_one_and_the_body_is_the_same():
+    choice = {"index": 0, "text": "\ud800 é", "logprobs": {"tokens": ["a"] * 3}}
+    for count in range(4):
+        content = {"id": "cmpl-1", "choices": [choice] * count, "usage": {"prompt_tokens": 1}}
+        assert json.loads(JsonResponse(content).body) == json.loads(encode(content))
+    assert JsonResponse([1]).body == b"[1]"
 
 
 def test_completions_have_openais_shape_and_repeat_the_prompt_where_asked(service):
