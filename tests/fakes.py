@@ -165,6 +165,8 @@ class FakeDecoder:
             a "prefill" of each slot whose prompt it goes on with, and as one "decode" of all others together.
     """
 
+    engine = "fake"
+
     def __init__(
         self,
         script: Callable[[list[int]], Sequence[int]] | None = None,

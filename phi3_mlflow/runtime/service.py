@@ -92,6 +92,7 @@ class Service:
         self.template = template
         self.context_length = decoder.context_length
         self.slots = decoder.slots
+        self.engine = decoder.engine
         self.defaults = defaults or Options()
         self._eos = decoder.eos
         try:

@@ -220,10 +220,11 @@ class Metrics:
         yield requests
         yield GaugeMetricFamily("phi3_mlflow_requests_open", "Requests under way.", value=len(self._open))
         info = GaugeMetricFamily(
-            "phi3_mlflow_model_info", "Models in memory.", labels=["model_name", "uri", "model_id", "version"]
+            "phi3_mlflow_model_info", "Models in memory.", labels=["model_name", "uri", "model_id", "version", "engine"]
         )
         for each in loaded:
-            info.add_metric([each.name, each.uri, each.model_id or "", each.version or ""], 1)
+            values = [each.name, each.uri, each.model_id or "", each.version or "", each.service.engine]
+            info.add_metric(values, 1)
         yield info
         waiting = GaugeMetricFamily("phi3_mlflow_background_waiting", "Traces or lines that wait.", labels=["kind"])
         done = CounterMetricFamily("phi3_mlflow_background_done", "Traces or lines that were written.", labels=["kind"])

@@ -99,7 +99,7 @@ def test_a_request_shows_in_vllms_names(load):
     assert seen["phi3_mlflow_kv_cache_capacity_tokens",] == 64
     assert seen["phi3_mlflow_requests_total", "/v1/chat/completions", "200", "POST"] == 1
     assert seen["phi3_mlflow_scheduler_alive",] == seen["phi3_mlflow_slots",] == 1
-    assert seen["phi3_mlflow_model_info", "1", "m-1", "models:/phi3/1"] == 1
+    assert seen["phi3_mlflow_model_info", "1", "fake", "m-1", "models:/phi3/1"] == 1
     for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time", "request_prefill_time"):
         assert seen[f"vllm:{name}_seconds_count",] == 1
     assert seen["vllm:request_decode_time_seconds_count",] == 1

@@ -34,6 +34,7 @@ class Decoder(Protocol):
     """What the scheduler needs of a backend.
 
     Attributes:
+        engine: what computes, by its package's name.
         slots: how many sequences can be kept at once, numbered from 0.
         context_length: the most tokens one sequence can hold.
         capacity: the most tokens all sequences can hold together, a multiple of `block`, at least `context_length`.
@@ -47,6 +48,7 @@ class Decoder(Protocol):
         eos: the ids that end an answer, as the weights' own configuration names them.
     """
 
+    engine: str
     slots: int
     context_length: int
     capacity: int

@@ -37,6 +37,7 @@ class GenaiDecoder:
         InvalidRequest: the context_length is more than the weights have.
     """
 
+    engine = "onnxruntime-genai"
     slots = 1
     block = 1
     mixed = False

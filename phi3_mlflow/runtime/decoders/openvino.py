@@ -51,6 +51,7 @@ class OpenVinoDecoder:
     """
 
     # As for the other decoders, so that prompts are computed in the same company.
+    engine = "openvino"
     chunk = 16
     # Any number of tokens for each of several slots.
     mixed = True

@@ -24,6 +24,7 @@ class PipelineDecoder:
         WeightsError: the weights do not say which ids end an answer.
     """
 
+    engine = "transformers"
     slots = 1
     block = 1
     chunk = 256
