@@ -8,7 +8,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-EXTRAS := azure,dev,notebooks,openvino,quantize,serve,spark,transformers,ui
+EXTRAS := azure,dev,notebooks,openvino,quantize,serve,spark,transformers
 
 .PHONY: demo setup test lint bench soak clean programs
 

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +13,24 @@ import click
 
 import phi3_mlflow
 from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error
-from phi3_mlflow.runtime.options import check
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+# Verbs that have a package of their own, with a module `cli` in it.
+_ELSEWHERE = {"azure": "azure", "chat": "chat", "containerize": "containers", "serve": "serve"}
 
 
 class _Group(click.Group):
     """A group whose commands end with one line and exit code 1 where an error is meant for the user."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return sorted([*super().list_commands(context), "azure", "containerize", "serve"])
+        return sorted([*super().list_commands(context), *_ELSEWHERE])
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name == "azure":
-            from phi3_mlflow.azure.cli import azure
-
-            return azure
-        if name == "containerize":
-            from phi3_mlflow.containers.cli import containerize
-
-            return containerize
-        if name == "serve":
-            from phi3_mlflow.serve.cli import serve
-
-            return serve
+        if name in _ELSEWHERE:
+            command: click.Command = getattr(import_module(f"phi3_mlflow.{_ELSEWHERE[name]}.cli"), name)
+            return command
         return super().get_command(context, name)
 
     def invoke(self, context: click.Context) -> Any:
@@ -311,52 +306,6 @@ def log_both(transformers_weights: str, onnx_weights: str, as_json: bool, **opti
         named = {key: f"{options[key]}-{builder}" if options[key] else "" for key in ("name", "register")}
         asked.append((builder, {**options, **named, "weights": weights}))
     _log_and_print(as_json, *asked)
-
-
-@cli.command()
-@click.argument("model", required=False)
-@click.option("-p", "--prompt", help="Ask this, print the answer and end; - reads the prompt from standard input.")
-@click.option("--system", help="A system message.")
-@click.option("-o", "--option", multiple=True, metavar="NAME=VALUE", help="Such as temperature=0.7. Repeatable.")
-@click.option("--json", "as_json", is_flag=True, help="With -p: print the whole completion object.")
-def chat(model: str | None, prompt: str | None, system: str | None, option: tuple[str, ...], as_json: bool) -> None:
-    """Talk to a logged model, or the embedded one.
-
-    MODEL is any model URI of MLflow: models:/NAME@alias, models:/m-..., runs:/..., or a folder. From a pipe each line
-    is a question of one conversation; the exit code is 1 where one was not answered.
-
-    \b
-    Examples:
-      phi3-mlflow chat -p "What is the capital of Spain?"
-      phi3-mlflow chat models:/phi3@champion --system "You are brief." -o temperature=0.7
-    """
-    from phi3_mlflow import terminal
-    from phi3_mlflow.bars import no_bars
-
-    options = {name: check(name, value) for name, value in parse_config(option).items()}
-    if as_json and prompt is None:
-        raise click.UsageError("--json needs -p")
-    for what, text in (("prompt", prompt), ("system message", system)):
-        # Bytes of the command line that are no text arrive as lone surrogates.
-        if text is not None and not text.isascii() and text.encode("utf-8", "replace").decode() != text:
-            raise click.UsageError(f"the {what} is not valid UTF-8")
-    if prompt == "-":
-        prompt = terminal.read_prompt()
-    if prompt is not None and not prompt:
-        raise click.UsageError("the prompt is empty")
-    if options.get("n", 1) != 1 and not as_json:
-        raise click.UsageError("n above 1 needs -p and --json")
-    with no_bars() if as_json else nullcontext(), terminal.loaded(model) as loaded:
-        conversation = terminal.Conversation(loaded, system, options)
-        if prompt is None:
-            if not terminal.talk(conversation):
-                raise click.exceptions.Exit(1)
-        elif as_json:
-            click.echo(json.dumps(conversation.ask_whole(prompt), indent=2, ensure_ascii=False))
-        else:
-            for text in conversation.ask(prompt):
-                click.echo(text, nl=False)
-            click.echo()
 
 
 @cli.command()

@@ -80,22 +80,30 @@ def test_chat_without_a_model_uses_the_embedded_one():
 
 
 def test_a_conversation_goes_on_until_the_input_ends(saved):
-    lines = "What is the capital of Spain?\nAnd of France?\n/system You are brief.\n/reset\n/what\nHello\n"
+    lines = "What is the capital of Spain?\nAnd of France?\n/system You are brief.\n/clear\n/help\nHello\n"
 
     result = run("chat", str(saved["onnx"]), input=lines)
 
     assert result.exit_code == 0, result.stderr
     assert "Madrid" in result.stdout
     assert "Paris" in result.stdout
-    assert "/reset forgets the conversation" in result.stderr
+    assert "/clear" in result.stderr
+
+
+def test_a_command_that_does_not_exist_is_one_line_and_shows_in_the_exit_code(saved):
+    result = run("chat", str(saved["onnx"]), input="/what\nWhat is the capital of Spain?\n")
+
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: there is no command /what; /help lists them")
+    assert result.stdout == "The capital of Spain is Madrid.\n"
 
 
 def test_a_bad_message_in_a_pipe_is_one_line_and_shows_in_the_exit_code_and_the_conversation_goes_on(saved):
     result = run("chat", str(saved["onnx"]), input="a\x00b\nWhat is the capital of Spain?\n")
 
     assert result.exit_code == 1
-    assert "Error: `messages[0].content` has the character U+0000" in result.stderr
-    assert result.stdout == "The capital of Spain is Madrid.\n\n"
+    assert "Error: `message` has the character U+0000" in result.stderr
+    assert result.stdout == "The capital of Spain is Madrid.\n"
     assert "Traceback" not in result.output
 
 
@@ -104,7 +112,7 @@ def test_bytes_that_are_no_text_are_one_line_and_the_conversation_goes_on(saved)
 
     assert result.exit_code == 1
     assert result.stderr == "Error: the input is not valid UTF-8: byte 0xff at place 1\n"
-    assert result.stdout == "The capital of Spain is Madrid.\n\n"
+    assert result.stdout == "The capital of Spain is Madrid.\n"
 
 
 def test_a_pipe_gets_no_hints_about_keys(saved):
@@ -210,6 +218,11 @@ def test_chat_with_a_model_of_another_task_says_so(tmp_path):
         (["chat", "-p", "x", "-o", "temprature=1"], 2, "`temprature` is not an option"),
         (["chat", "-p", "x", "-o", "stream=true"], 2, "`stream` is not an option"),
         (["chat", "-p", "x", "-o", "n=2"], 2, "n above 1 needs -p and --json"),
+        (["chat", "--model", "phi3"], 2, "--model needs --url"),
+        (["chat", "./model", "--url", "http://127.0.0.1:1"], 2, "with --url give --model"),
+        (["chat", "--url", "127.0.0.1:8000", "-p", "x"], 1, "'127.0.0.1:8000' is no address of a server"),
+        (["chat", "--url", "http://a:secret@127.0.0.1:1", "-p", "x"], 1, "the address holds a password"),
+        (["chat", "--url", "http://127.0.0.1:1", "-p", "x"], 1, "there is no server at http://127.0.0.1:1/v1"),
     ],
     ids=lambda value: " ".join(value[:4]) if isinstance(value, list) else None,
 )

@@ -23,10 +23,10 @@ import mlflow
 from mlflow.models import Model
 from mlflow.pyfunc import PyFuncModel
 
+from phi3_mlflow.logged import given_or_embedded
 from phi3_mlflow.machine import resident
 from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error
 from phi3_mlflow.runtime.tokens import Tokens
-from phi3_mlflow.terminal import given_or_embedded
 
 _OVERRIDES = "MLFLOW_PYFUNC_INFERENCE_CONFIG"
 _BIAS = 100  # the most that the contract allows

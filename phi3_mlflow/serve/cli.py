@@ -102,7 +102,7 @@ def serve(
       phi3-mlflow serve --name fast=models:/phi3-onnx/1 --name exact=models:/phi3-transformers/1
     """
     from phi3_mlflow.cli import parse_config
-    from phi3_mlflow.terminal import given_or_embedded
+    from phi3_mlflow.logged import given_or_embedded
 
     from . import page
     from .access import AccessLog

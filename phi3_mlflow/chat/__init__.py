@@ -1,0 +1,1 @@
+"""`phi3-mlflow chat`: a conversation in the terminal, with a logged model or with a server."""

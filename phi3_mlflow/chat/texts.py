@@ -1,0 +1,52 @@
+"""Texts of models, servers and files on their way to a terminal or back into a request."""
+
+import json
+import re
+from typing import Any
+
+from phi3_mlflow.runtime.errors import InvalidRequest
+
+# What a terminal would obey, and what hides or turns around the text after it; tab and newline are left.
+_OBEYED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# What no request may have.
+_REFUSED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+_LINE = 500  # characters
+
+
+def shown(text: str) -> str:
+    """The text as a terminal may have it: control characters are written out, carriage returns left out."""
+    return _OBEYED.sub(lambda found: repr(found[0])[1:-1], text.replace("\r", ""))
+
+
+def line(text: str) -> str:
+    """The text as one line of a message, shortened."""
+    flat = shown(" ".join(text.split()))
+    return flat if len(flat) <= _LINE else f"{flat[:_LINE]}..."
+
+
+def storable(text: str) -> str:
+    """The text without characters for which a later request would be refused."""
+    return _REFUSED.sub("", text)
+
+
+def parse(text: str) -> Any:
+    """A value that a person wrote: JSON where it can be, else the text itself."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def check_whole(name: str, value: Any) -> None:
+    """Refuses half characters (lone surrogates) anywhere in a JSON value.
+
+    Raises:
+        InvalidRequest: there is one.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ord(error.object[error.start])
+        raise InvalidRequest(name, f"has half a character, the lone surrogate U+{half:04X}") from None
+    except RecursionError:
+        raise InvalidRequest(name, "is nested too deeply to be read") from None

@@ -1,0 +1,44 @@
+"""Logged models by their URI, with the embedded one where there is none."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlflow.pyfunc
+from mlflow.pyfunc import PyFuncModel
+
+from phi3_mlflow.runtime.errors import Phi3Error
+
+
+@contextmanager
+def given_or_embedded(model_uri: str | None) -> Iterator[str]:
+    """The URI itself, or where there is none that of the embedded ONNX model, saved for as long as the block lasts."""
+    if model_uri is not None:
+        if ":" not in model_uri and not Path(model_uri).exists():
+            raise Phi3Error(
+                f"there is no folder {Path(model_uri).absolute()}; a model URI begins with models:/ or runs:/"
+            )
+        yield model_uri
+        return
+    from phi3_mlflow.builders import onnx
+
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "model"
+        onnx.save_model(path)
+        yield str(path)
+
+
+def load(model_uri: str) -> PyFuncModel:
+    """A logged model that answers chats.
+
+    Raises:
+        Phi3Error: it is none.
+    """
+    model = mlflow.pyfunc.load_model(model_uri, suppress_warnings=True)
+    task = (model.metadata.metadata or {}).get("task")
+    if task is None:
+        raise Phi3Error(f"{model_uri} was not logged by phi3_mlflow")
+    if task != "llm/v1/chat":
+        raise Phi3Error(f"{model_uri} is a model for the task {task}; a conversation needs one for llm/v1/chat")
+    return model
