@@ -4,6 +4,7 @@ Run: pytest tests/test_cli.py
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,10 @@ from mlflow.models import Model
 
 from phi3_mlflow.builders import onnx
 from phi3_mlflow.cli import cli
+from phi3_mlflow.runtime.decoders.genai import GenaiDecoder
 
 VERBS = [["pull"], ["quantize"], ["log", "transformers"], ["log", "onnx"], ["log", "both"], ["chat"], ["bench"]]
+REGEX = 'response_format={"type": "regex", "regex": "€"}'
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -113,6 +116,44 @@ def test_bytes_that_are_no_text_are_one_line_and_the_conversation_goes_on(saved)
     assert result.exit_code == 1
     assert result.stderr == "Error: the input is not valid UTF-8: byte 0xff at place 1\n"
     assert result.stdout == "The capital of Spain is Madrid.\n"
+
+
+def test_a_model_that_fails_is_a_few_lines_without_a_traceback_and_the_conversation_goes_on(saved, monkeypatch):
+    step, failures = GenaiDecoder.step, [RuntimeError("boom\nand more")]
+
+    def failing(self, parts):
+        if failures:
+            raise failures.pop()
+        return step(self, parts)
+
+    monkeypatch.setattr(GenaiDecoder, "step", failing)
+    result = run("chat", str(saved["onnx"]), input="What is the capital of Spain?\n" * 2)
+
+    assert result.exit_code == 1
+    assert result.stdout == "The capital of Spain is Madrid.\n"
+    assert result.stderr.splitlines() == [
+        r"the decoder failed: RuntimeError('boom\nand more')",
+        r"the model failed on a request: RuntimeError('boom\nand more')",
+        "Error: the model failed while it answered; the server's log says why",
+    ]
+
+
+def test_what_the_outputs_encoding_lacks_is_written_out(saved):
+    command = [sys.executable, "-m", "phi3_mlflow", "chat", str(saved["onnx"]), "-p", "Hi", "-o", REGEX]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+    assert (done.stdout, done.returncode) == ("\\u20ac\n", 0), done.stderr
+
+
+def test_a_chat_without_standard_input_says_so(saved, tmp_path):
+    command = f"{sys.executable} -m phi3_mlflow chat {saved['onnx']} <&-"
+
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=300, check=False)
+
+    assert done.returncode == 2
+    assert done.stderr.endswith("Error: there is no standard input; give a question with -p\n")
 
 
 def test_a_pipe_gets_no_hints_about_keys(saved):

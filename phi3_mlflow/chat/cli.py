@@ -1,5 +1,6 @@
 """The verb `chat`."""
 
+import io
 import json
 import logging
 import sys
@@ -69,12 +70,16 @@ def chat(
     from .server import Server
     from .talk import talk
 
+    if prompt in (None, "-") and sys.stdin is None:
+        raise click.UsageError("there is no standard input; give a question with -p")
     if prompt == "-":
         prompt = terminal.decoded(sys.stdin.buffer.read()).strip()
     if prompt is not None and not prompt:
         raise click.UsageError("the prompt is empty")
     if options.get("n", 1) != 1 and not as_json:
         raise click.UsageError("n above 1 needs -p and --json")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an answer may have what the terminal's encoding lacks
     interactive = prompt is None and sys.stdin.isatty()
     with (
         _no_bars() if as_json else nullcontext(),

@@ -1,6 +1,7 @@
 """What a line of the user does: a question, or a command that begins with a slash. Knows no terminal."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,6 @@ class Commands:
 
         Raises:
             Phi3Error: it cannot be done; nothing was changed.
-            OSError: a file cannot be read or written.
             Leave: the user wants to leave.
         """
         line = line.strip()
@@ -85,13 +85,16 @@ class Commands:
         if (command := COMMANDS.get(parts[0])) is None:
             problem = f"there is no command {texts.line(parts[0])}; /help lists them"
             raise ChatError(f"{problem}, and // begins a message with a slash")
-        return command.run(self, parts[1] if len(parts) == 2 else "")
+        try:
+            return command.run(self, parts[1] if len(parts) == 2 else "")
+        except OSError as error:  # of a file
+            raise ChatError(str(error)) from None
 
     def tell_stats(self) -> None:
         """Tells the numbers of the last answer."""
         facts = self.conversation.facts
         if facts is None or not facts.ended:
-            raise ChatError("there is no answer yet")
+            raise ChatError("there is no answer to tell of")
         self._tell(str(facts))
 
     def _help(self, _: str) -> None:
@@ -193,7 +196,7 @@ COMMANDS = {
 def _path(text: str) -> Path:
     if not text.strip():
         raise ChatError("the name of a file is missing")
-    return Path(check_text("file", text.strip())).expanduser()
+    return Path(os.path.expanduser(check_text("file", text.strip())))  # an unknown user's ~ stays as it is
 
 
 def _messages(count: int) -> str:

@@ -60,7 +60,7 @@ class Facts:
 
     def _text(self, chunk: Mapping[str, Any]) -> str:
         custom = chunk.get("custom_outputs") or {}
-        self.dropped = _count(custom, "dropped_messages") or 0
+        self.dropped = _count(custom, "dropped_messages") or self.dropped
         if usage := chunk.get("usage"):
             self.prompt_tokens, self.tokens = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
             details = usage.get("prompt_tokens_details") or {}
@@ -182,28 +182,31 @@ class Conversation:
         """Writes the conversation to a file that its owner alone can read.
 
         Raises:
-            ChatError: there is such a file already.
+            ChatError: there is such a file already, or something that is no file.
             OSError: it cannot be written.
         """
+        if overwrite and path.exists() and not path.is_file():
+            raise ChatError(f"{path} is no file")
+        target = Path(os.path.realpath(path))
         saved = {"model": self.model.name, "options": self.options, "messages": self.messages}
         content = json.dumps(saved, indent=2, ensure_ascii=False) + "\n"
         if not overwrite:
             try:
-                path.open("x").close()
+                target.open("x").close()
             except FileExistsError:
                 raise ChatError(f"{path} exists already; `/save -f {path}` overwrites it") from None
         try:
-            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".phi3-")
+            descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=".phi3-")
             try:
                 with open(descriptor, "w", encoding="utf-8") as file:
                     file.write(content)
-                os.replace(temporary, path)
+                os.replace(temporary, target)
             except BaseException:
                 os.unlink(temporary)
                 raise
         except BaseException:
             if not overwrite:
-                path.unlink(missing_ok=True)
+                target.unlink(missing_ok=True)
             raise
 
     def load(self, path: Path) -> None:

@@ -74,7 +74,8 @@ class Server:
         body = self._body(messages, options) | {"stream": True, "stream_options": {"include_usage": True}}
         ended = False
         with self._asked("POST", "/chat/completions", body) as response:
-            if not response.headers.get("content-type", "").startswith("text/event-stream"):
+            # Some servers send their events as text.
+            if not response.headers.get("content-type", "").startswith(("text/event-stream", "text/plain")):
                 yield _chunk_of(self._read(response))
                 return
             for data in _events(response):
@@ -237,7 +238,8 @@ def _objects(value: Any) -> list[dict[str, Any]]:
 
 
 def _names(listed: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [each["id"] for each in listed if isinstance(each.get("id"), str)]
+    names = [each["id"] for each in listed if isinstance(each.get("id"), str)]
+    return [name for name in names if name == texts.storable(name)]
 
 
 def _message(body: Any) -> str | None:

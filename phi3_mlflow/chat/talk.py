@@ -41,9 +41,7 @@ def talk(conversation: Conversation, *, keep_history: bool = True) -> bool:
         except KeyboardInterrupt:
             if not interactive:
                 raise
-        except BrokenPipeError:
-            raise
-        except (Phi3Error, OSError) as error:
+        except Phi3Error as error:
             answered = False
             terminal.tell_error(error)
 
