@@ -43,13 +43,16 @@ class Server:
         headers = {"accept-encoding": "identity"}
         if self._key:
             headers["authorization"] = f"Bearer {self._key}"
-        self._client = httpx.Client(
-            headers=headers,
-            timeout=httpx.Timeout(seconds, connect=min(_CONNECT, seconds)),
-            # A connection that was kept may be gone when the next question comes.
-            limits=httpx.Limits(max_keepalive_connections=0),
-            trust_env=self._url.host not in _LOOPBACK,  # a proxy is asked for what lies outside
-        )
+        try:
+            self._client = httpx.Client(
+                headers=headers,
+                timeout=httpx.Timeout(seconds, connect=min(_CONNECT, seconds)),
+                # A connection that was kept may be gone when the next question comes.
+                limits=httpx.Limits(max_keepalive_connections=0),
+                trust_env=self._url.host not in _LOOPBACK,  # a proxy is asked for what lies outside
+            )
+        except (ImportError, ValueError, OSError, httpx.InvalidURL) as error:
+            raise ChatError(f"what the environment says of proxies or certificates is of no use: {error}") from None
         try:
             listed = self._listed(needed=name is None)
         except BaseException:
