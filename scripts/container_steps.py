@@ -85,8 +85,11 @@ def build(context: Path, room: Path, *, virtualenv: Path | None = None, run: boo
                 inside(image, ["/bin/sh", "-c", value], variables=arguments, build=True).check_returncode()
         elif name == "COPY":
             _copy(value, context, image, stages)
-        elif name in ("WORKDIR", "USER"):
-            setattr(image, name.lower(), value.strip('"'))
+        elif name == "WORKDIR":
+            image.workdir = value
+            (image.root / value.lstrip("/")).mkdir(parents=True, exist_ok=True)
+        elif name == "USER":
+            image.user = value
         elif name == "HEALTHCHECK":
             image.healthcheck = json.loads(value.partition("CMD ")[2])
         elif name == "ENTRYPOINT":
@@ -97,8 +100,8 @@ def build(context: Path, room: Path, *, virtualenv: Path | None = None, run: boo
 
 
 def _based(root: Path, virtualenv: Path | None) -> Image:
-    for place in [*_PLACES, str(PYTHON).lstrip("/"), *(["opt/venv"] if virtualenv else [])]:
-        (root / place).mkdir(parents=True, exist_ok=True)
+    for place in [*_PLACES, PYTHON, *([virtualenv, "opt/venv"] if virtualenv else [])]:
+        (root / str(place).lstrip("/")).mkdir(parents=True, exist_ok=True)
     return Image(root, virtualenv=virtualenv)
 
 
@@ -145,7 +148,8 @@ def inside(
     if Path("/usr") != PYTHON:
         arguments += ["--ro-bind", str(PYTHON), str(PYTHON)]
     if image.virtualenv:
-        arguments += ["--ro-bind", str(image.virtualenv), "/opt/venv"]
+        own = str(image.virtualenv)  # programs in it begin with its path
+        arguments += ["--ro-bind", own, own, "--ro-bind", own, "/opt/venv"]
     arguments += ["--ro-bind", str(PROBE.parent), "/probe", "--proc", "/proc", "--dev", "/dev"]
     arguments += ["--perms", "1777", "--tmpfs", "/tmp"]  # as engines mount it
     environment = {"PATH": f"{PYTHON}/bin:/usr/bin:/bin", **image.environment, **(variables or {})}

@@ -45,10 +45,10 @@ def test_every_option_that_is_named_is_one():
 
 
 def test_the_table_has_all_that_is_in_the_folder(folder):
-    rows = re.search(r"\| in the folder.*?\n\n", DOCUMENT, re.DOTALL)[0]
-    assert {
-        name.rstrip("/") for row in rows.splitlines() for name in re.findall(r"`([\w./]+)`", row.split("|")[1])
-    } == {path.name for path in folder.iterdir()}
+    rows = re.search(r"\| in the folder.*?\n\n", DOCUMENT, re.DOTALL)[0].strip().splitlines()
+    named = {name.rstrip("/") for row in rows for name in re.findall(r"`([\w./]+)`", row.split("|")[1])}
+
+    assert named == {path.name for path in folder.iterdir()}
 
 
 def test_what_docker_is_told_is_in_the_dockerfile(folder, torch_folder):

@@ -36,7 +36,8 @@ def generated(onnx_model, tmp_path_factory) -> Path:
 
 def test_it_installs_the_models_own_requirements_and_no_torch(generated):
     text = (generated / "Dockerfile").read_text()
-    requirements = (generated / "model_dir" / "model" / "requirements.txt").read_text()
+    (model,) = (generated / "model_dir").iterdir()
+    requirements = (model / "requirements.txt").read_text()
 
     assert "_install_pyfunc_deps('/opt/ml/model'" in text
     assert re.search(r"^FROM python:3\.\d+\.\d+-slim$", text, re.MULTILINE)
@@ -44,7 +45,10 @@ def test_it_installs_the_models_own_requirements_and_no_torch(generated):
 
 
 def test_the_model_in_it_is_whole(generated):
-    checks = verify.run(str(generated / "model_dir" / "model"))
+    (model,) = (generated / "model_dir").iterdir()
+    checks = verify.run(str(model))
+
+    assert checks
     assert not [check for check in checks if check.status == "failed"]
 
 
