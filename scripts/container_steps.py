@@ -191,7 +191,6 @@ def main() -> None:
     lines = (folder / "kubernetes" / "settings.env").read_text("utf-8").splitlines()
     variables = {"PHI3_MLFLOW_API_KEYS": "probe=key-of-the-probe", **dict(line.split("=", 1) for line in lines)}
     with tempfile.TemporaryDirectory() as room:
-        os.chmod(room, 0o755)
         image = build(folder, Path(room))
         print(json.dumps(probe(image, variables=variables, port=8000, key="key-of-the-probe"), indent=2))
 

@@ -184,8 +184,8 @@ def _settings(
     (check_batching if parallel else refuse_batching)(whole)
     checked = settings_of(whole)
     for name, value in chosen.items():
-        if re.search(r"\s", str(value)):
-            raise ContainerError(f"{name} is {value!r}, and a setting with spaces has no place in the environment")
+        if re.search(r"[\s$]", str(value)):
+            raise ContainerError(f"{name} is {value!r}, and spaces and $ have no place in a file of variables")
     return chosen, checked.get("kv_budget", kv)
 
 
@@ -211,9 +211,9 @@ def _requirements(model: LoggedModel) -> tuple[str, list[str], str | None]:
         line = pinned.get(canonicalize_name(own.name), "")
         if own.marker is not None and not own.marker.evaluate({"extra": "serve"}):
             continue
-        for spec in Requirement(line).specifier if line else ():
-            if spec.operator == "==" and not own.specifier.contains(spec.version, prereleases=True):
-                raise ContainerError(f"the model asks for {line}, and this toolkit needs {own}: log the model again")
+        exact = [each.version for each in (Requirement(line).specifier if line else ()) if each.operator == "=="]
+        if any("*" not in each and not own.specifier.contains(each, prereleases=True) for each in exact):
+            raise ContainerError(f"the model asks for {line}, and this toolkit needs {own}: log the model again")
     torch = pinned.pop("torch", None)
     here = [f"{name}=={version(name).partition('+')[0]}" for name in SERVE_PACKAGES if name not in pinned]
     return ".".join(python.split(".")[:2]), [*pinned.values(), *here], torch

@@ -182,7 +182,8 @@ def test_an_empty_folder_is_used_as_it_is(onnx_model, tmp_path):
         (["-c", "no_such=1"], "`no_such` is not a setting"),
         (["-c", "engine=openvino"], "the model does not ask for it"),
         (["-c", "kv_budget=1"], "one sequence of 4096 tokens takes"),
-        (["-c", 'stop=["a b"]'], "a setting with spaces"),
+        (["-c", 'stop=["a b"]'], "spaces and $ have no place"),
+        (["-c", 'stop=["$A"]'], "spaces and $ have no place"),
         (["--memory", "much"], "`memory` is 'much'"),
     ],
 )

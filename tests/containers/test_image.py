@@ -70,8 +70,6 @@ def test_only_what_is_copied_is_sent_to_the_builder(folder, torch_folder):
 
 @BWRAP
 def test_the_command_runs_as_nobody_over_files_that_it_cannot_write_and_its_probes_answer(folder, tmp_path):
-    for path in (tmp_path, *tmp_path.parents[:2]):
-        path.chmod(0o755)
     image = container_steps.build(folder, tmp_path, virtualenv=Path(sys.prefix), run=False)
     lines = (folder / "kubernetes" / "settings.env").read_text().splitlines()
     variables = KEY | dict(line.split("=", 1) for line in lines)
@@ -96,8 +94,6 @@ def test_the_command_runs_as_nobody_over_files_that_it_cannot_write_and_its_prob
 
 @BWRAP
 def test_the_command_does_not_start_without_keys_where_the_variable_is_empty(folder, tmp_path):
-    for path in (tmp_path, *tmp_path.parents[:2]):
-        path.chmod(0o755)
     image = container_steps.build(folder, tmp_path, virtualenv=Path(sys.prefix), run=False)
 
     done = container_steps.inside(image, image.entrypoint, variables={"PHI3_MLFLOW_API_KEYS": ""}, seconds=120)

@@ -54,8 +54,6 @@ def test_the_model_in_it_is_whole(generated):
 
 @pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed (Debian's bubblewrap)")
 def test_its_command_answers_with_the_documents_settings(generated, tmp_path):
-    for path in (tmp_path, *tmp_path.parents[:2]):
-        path.chmod(0o755)
     image = container_steps.build(generated, tmp_path, virtualenv=Path(sys.prefix), run=False)
     (command,) = re.findall(r"^docker run (.*phi3-mlflow-image)$", DOCUMENT.replace("\\\n", ""), re.MULTILINE)
     words = shlex.split(command)
