@@ -16,7 +16,7 @@ from pathlib import Path
 import pyte
 
 _COLUMNS, _LINES = 160, 500
-PATIENCE = 60  # seconds; only what is broken takes as long
+PATIENCE = 120  # seconds; only what is broken takes as long
 CTRL_C, CTRL_D, UP, ENTER, BACKSPACE = "\x03", "\x04", "\x1b[A", "\r", "\x7f"
 NEW_LINE = "\x1b\r"  # Alt-Enter
 _CONTROLLING = "import fcntl, os, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"

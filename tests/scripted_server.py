@@ -28,6 +28,7 @@ class Scripted:
     delay: float = 0.0  # seconds before each piece
     status: int = 200  # of a refusal before the first byte
     error: str = ""  # the refusal's message; with status 200 it comes after the pieces
+    silent: float = 0.0  # seconds after the pieces in which nothing comes
     cut: bool = False  # the connection ends after the pieces, without a word
     finish_reason: str = "stop"
     trace: str | None = None
@@ -115,6 +116,7 @@ class ScriptedServer:
             for piece in script.pieces:
                 await asyncio.sleep(script.delay)
                 yield choice({"content": piece})
+            await asyncio.sleep(script.silent)
             if script.cut:
                 return
             if script.error:

@@ -40,8 +40,8 @@ def chatting(*arguments, folder, **more):
 
 @pytest.fixture
 def chat(server, tmp_path):
-    """A chat with the scripted server, which gives up after a second and a half without a word."""
-    with chatting("--url", server.address, "--timeout", "1.5", folder=tmp_path) as terminal:
+    """A chat with the scripted server."""
+    with chatting("--url", server.address, folder=tmp_path) as terminal:
         yield terminal
 
 
@@ -165,9 +165,8 @@ def test_the_models_control_sequences_do_not_reach_the_terminal(chat, server):
         ({"status": 307, "headers": {"location": "http://127.0.0.1:1/"}}, "it points to http://127.0.0.1:1/"),
         ({"error": "the model failed"}, "the server failed: the model failed"),
         ({"cut": True}, "the server broke the answer off"),
-        ({"delay": 30}, "the server said nothing for 1.5 seconds"),
     ],
-    ids=["refused", "busy", "moved", "failed in the middle", "gone in the middle", "silent"],
+    ids=["refused", "busy", "moved", "failed in the middle", "gone in the middle"],
 )
 def test_an_error_of_the_server_is_one_line_and_the_chat_goes_on(chat, server, script, said):
     server.will_say("Half an answer", **script)
@@ -179,6 +178,30 @@ def test_an_error_of_the_server_is_one_line_and_the_chat_goes_on(chat, server, s
     chat.say("/retry", "Here I am.")
 
     assert [message["content"] for message in server.requests[-1]["messages"]] == ["Hello"]
+
+
+def test_a_server_that_says_nothing_any_more_is_given_up(server, tmp_path):
+    with chatting("--url", server.address, "--timeout", "3", folder=tmp_path) as chat:
+        server.will_say("Half", " an answer", delay=0, silent=60)
+        chat.type("Hello" + ENTER)
+        chat.see_prompt(after="an answer\nError: the server said nothing for 3 seconds")
+        server.will_say("Here I am.")
+        chat.say("/retry", "Here I am.")
+
+
+def test_a_history_that_has_grown_too_long_forgets_its_older_half(server, tmp_path):
+    file = tmp_path / "cache" / "phi3-mlflow" / "chat_history"
+    file.parent.mkdir(parents=True)
+    file.write_text("".join(f"\n# 2026-01-01\n+question {number}\n" for number in range(50_000)))
+    file.chmod(0o644)
+    assert file.stat().st_size > 2**20
+
+    with chatting("--url", server.address, folder=tmp_path) as chat:
+        assert 2**18 < file.stat().st_size < 2**20
+        assert file.read_text().startswith("\n# 2026-01-01\n+question ")
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        chat.type(UP)
+        chat.see("> question 49999")
 
 
 def test_bytes_that_are_no_text_are_one_line_and_the_conversation_stays_whole(chat, server):

@@ -142,7 +142,7 @@ class Commands:
             if names := model.known():
                 self._tell(f"The server has {', '.join(names)}")
             return
-        self._tell(f"Loading {name} ...")
+        self._tell(f"Changing to {name} ...")
         other: Model = model.other(check_text("model", name))
         self.conversation.model = other
         model.close()

@@ -92,13 +92,13 @@ def test_a_server_is_asked_from_a_pipe_and_from_a_script(server):
 
 def test_a_server_that_hangs_or_dies_in_the_middle_costs_one_line(onnx_model, tmp_path):
     with serving(f"--name=phi3={onnx_model}", "--preload", "--access-log", "none") as own:
-        chat = Terminal("--url", own.address, "--timeout", "2", folder=tmp_path)
+        chat = Terminal("--url", own.address, "--timeout", "5", folder=tmp_path)
         try:
             chat.see_prompt(after="Model: phi3.")
             be_endless(chat)
             begin_endless(chat)
             own.process.send_signal(signal.SIGSTOP)
-            chat.see_prompt(after="Error: the server said nothing for 2 seconds")
+            chat.see_prompt(after="Error: the server said nothing for 5 seconds")
             own.process.send_signal(signal.SIGCONT)
             begin_endless(chat)
             own.process.kill()
