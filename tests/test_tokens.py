@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -256,6 +257,80 @@ def test_a_template_that_would_take_all_memory_or_cannot_be_rendered_is_refused_
         tokens(chat_template=template)
 
 
+# Each of them would run for hours, or fill the memory.
+ENDLESS = {
+    "loops in loops": "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}"
+    "{% endfor %}{% endfor %}",
+    "loops in a macro": "{% macro m() %}{% for a in range(9999) %}{{ caller() }}{% endfor %}{% endmacro %}"
+    "{% call m() %}{% call m() %}{% call m() %}{% endcall %}{% endcall %}{% endcall %}",
+    "a macro that calls itself twice": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}"
+    "{{ m(60) }}",
+    "a macro that calls itself for ever": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "a block that calls itself": "{% block b %}{{ self.b() }}{{ self.b() }}{% endblock %}",
+    "a recursive loop": "{% for a in [[[]], [[]]] recursive %}{{ loop(a) }}{% endfor %}",
+    "a range": "{{ range(1000000000) | list }}",
+    "sorting in a loop": "{% set r = range(9999) %}{% for a in r %}{% if r | list | sort %}{% endif %}{% endfor %}",
+    "doubling with ~": "{% set s = 'ab' %}" + "{% set s = s ~ s %}" * 40,
+    "doubling with +": "{% set s = 'ab' %}" + "{% set s = s + s %}" * 40,
+    "doubling a list": "{% set s = [1] %}" + "{% set s = s + s %}" * 40,
+    "doubling a block": "{% set s = 'ab' %}" + "{% set s %}{{ s }}{{ s }}{% endset %}" * 40,
+    "doubling in a namespace": "{% set n = namespace(s='ab') %}{% for a in range(60) %}{% set n.s = n.s ~ n.s %}"
+    "{% endfor %}{{ n.s }}",
+    "squares": "{% set s = 9999999 %}" + "{% set s = s * s %}" * 40,
+    "joins": "{% set s = ['ab'] * 9999 %}" + "{% set s = [s | join] * 9999 %}" * 5,
+    "joins by the method": "{% set s = ['ab'] * 9999 %}" + "{% set s = [''.join(s)] * 9999 %}" * 5,
+    "replacements": "{% set s = 'aaaaaaaaaa' %}" + "{% set s = s | replace('a', s) %}" * 20,
+    "replacements by the method": "{% set s = 'aaaaaaaaaa' %}" + "{% set s = s.replace('a', s) %}" * 20,
+    "text in a loop": "{% for a in range(9999) %}" + "x" * 9999 + "{% endfor %}",
+    "output in a loop": "{% set s = 'x' * 9999 %}{% for a in range(9999) %}{{ s }}{% endfor %}",
+    "a width": "{{ 'x' | center(1000000000) }}",
+    "a width by the method": "{{ 'x'.ljust(1000000000) }}",
+    "a width in a format": "{{ '{:>1000000000}'.format(1) }}",
+    "a width in %": "{{ '%1000000000d' % 1 }}",
+    "bytes": "{{ (1).to_bytes(1000000000) }}",
+    "a translation": "{{ 'aaaaaaaaaa'.translate({97: 'a' * 9999}) }}",
+    "words": "{{ lipsum(1000000) }}",
+    "tabs": "{{ '\t'.expandtabs(1000000000) }}",
+    "slices": "{{ [1] | slice(1000000000) | list }}",
+    "fill": "{{ [1] | batch(1000000000, 1) | list }}",
+    "indentation": "{{ {'a': 1} | tojson(indent=1000000000) }}",
+}
+
+
+@pytest.mark.parametrize("template", ENDLESS.values(), ids=ENDLESS)
+def test_every_template_comes_to_an_end(template):
+    start = time.process_time()
+    with pytest.raises(WeightsError, match="the tokenizer's chat template"):
+        tokens(chat_template=template + CHAT_TEMPLATE)
+    assert time.process_time() - start < 10  # seconds; the slowest takes about one
+
+
+# What jinja refuses to compile.
+AT_ONCE = {"a recursive loop", "a width", "slices", "fill"}
+
+
+@pytest.mark.parametrize("name", sorted(ENDLESS.keys() - AT_ONCE))
+def test_a_template_that_works_at_first_comes_to_an_end_with_the_request(name):
+    ours = tokens(chat_template="{% if messages | length > 5 %}" + ENDLESS[name] + "{% endif %}" + CHAT_TEMPLATE)
+    start = time.process_time()
+    with pytest.raises(InvalidRequest, match="this model's chat template cannot express"):
+        ours.encode_chat(turns(*"ua" * 3, "u"))
+    assert time.process_time() - start < 10
+    assert ours.encode_chat(USER) == TOKENS.encode_chat(USER)
+
+
+def test_a_template_may_go_through_a_conversation_several_times():
+    template = (
+        "{% set state = namespace(last=0) %}{% for message in messages %}{% if message.role == 'user' %}"
+        "{% set state.last = loop.index0 %}{% endif %}{% endfor %}{% macro role(name) %}<|{{ name }}|>{% endmacro %}"
+        "{% for message in messages[:] %}{{ role(message['role']) + '\n' + message['content'] + '<|end|>\n' }}"
+        "{% if loop.index0 > messages | length or loop.last and state.last < 0 %}{{ raise_exception('no') }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    long = turns(*"ua" * 10_000, "u")
+    assert tokens(chat_template=template).encode_chat(long) == TOKENS.encode_chat(long)
+
+
 def test_a_template_may_repeat_a_little():
     assert tokens(chat_template="{{ '-' * 3 }}" + CHAT_TEMPLATE)
 
@@ -270,6 +345,29 @@ def test_a_tokenizer_is_read_from_a_folder_and_a_template_file_wins(tmp_path):
     assert Tokens.from_folder(tmp_path).encode_chat(USER)[0] == IDS["<s>"]
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(WeightsError, match=r"tokenizer in .* cannot be read"):
+        Tokens.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        '{"version": "1.0"}',
+        '{"added_tokens": 5}',
+        '{"added_tokens": [5]}',
+        '{"added_tokens": [], "model": []}',
+        '{"added_tokens": [{"content": "a", "id": "b"}], "model": {"type": "BPE", "vocab": {}}}',
+        "[]",
+    ],
+)
+def test_a_tokenizer_that_makes_no_sense_is_refused_with_its_folder(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config()))
+    with pytest.raises(WeightsError, match=r"the tokenizer in .* cannot be read"):
+        Tokens.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json())
+    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": 5}')
+    with pytest.raises(WeightsError, match=r"the tokenizer in .* cannot be read"):
         Tokens.from_folder(tmp_path)
 
 

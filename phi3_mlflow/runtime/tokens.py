@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.sandbox
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from .errors import InvalidRequest, WeightsError
+from .templates import ChatTemplate, token_text
 
 ROLES = ("system", "user", "assistant")
 
@@ -31,8 +29,6 @@ _WHITE_SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u200
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 # Layouts of longer conversations are not kept: a cache of them would hold hundreds of megabytes.
 _CACHED_ROLES = 64
-# Characters or items that a template may make by a product.
-_MOST_PRODUCT = 10_000
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 # Characters that take about a millisecond to encode.
 _LONG = 2000
@@ -69,8 +65,8 @@ class Tokens:
         self._pieces, self._strip = _decoder_table(parsed)
         self.longest_piece = max(map(len, self._pieces))  # UTF-8 bytes that one token can stand for
         self.chat_template = chat_template or config.get("chat_template")
-        self.named = {name: _token_text(config[name]) for name in _NAMED if config.get(name)}
-        self._template = _ChatTemplate(self.chat_template, config)
+        self.named = {name: token_text(config[name]) for name in _NAMED if config.get(name)}
+        self._template = ChatTemplate(self.chat_template, config)
         self._layout = lru_cache(maxsize=256)(self._split_template)
         try:
             self._layout(("user",))
@@ -85,8 +81,11 @@ class Tokens:
             config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
             template = folder / "chat_template.jinja"
             return cls(tokenizer_json, config, template.read_text("utf-8") if template.exists() else None)
-        except (OSError, ValueError, KeyError) as error:
-            raise WeightsError(f"the tokenizer in {folder} cannot be read: {error}") from error
+        except WeightsError:
+            raise
+        except Exception as error:  # the library tokenizers raises no more special ones
+            problem = str(error) if isinstance(error, OSError | ValueError) else repr(error)
+            raise WeightsError(f"the tokenizer in {folder} cannot be read: {problem}") from error
 
     @property
     def vocab_size(self) -> int:
@@ -250,56 +249,6 @@ def _breaks_off(beginning: bytes) -> bool:
     return False
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, in which no product makes a long text or list, neither now nor while it compiles."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """The result of * or **."""
-        parts, times = (left, right) if isinstance(right, int) else (right, left)
-        if operator == "**" or (hasattr(parts, "__len__") and len(parts) * int(times) > _MOST_PRODUCT):
-            raise jinja2.sandbox.SecurityError(f"it asks for a product that is too large ({operator})")
-        return super().call_binop(context, operator, left, right)
-
-
-class _ChatTemplate:
-    """A Jinja chat template, rendered in the sandbox and with the settings that transformers uses."""
-
-    def __init__(self, source: Any, config: Mapping[str, Any]):
-        if not isinstance(source, str) or not source:
-            raise WeightsError("tokenizer_config.json has no chat_template, and there is no chat_template.jinja")
-        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.globals["raise_exception"] = _raise_template_error
-        try:
-            self._template = environment.from_string(source)
-        except Exception as error:  # also what Python's compiler and memory say of what jinja made of it
-            raise WeightsError(f"the tokenizer's chat template is not valid: {error}") from error
-        self._tokens = {key: _token_text(config[key]) for key in ("bos_token", "eos_token") if config.get(key)}
-        for roles in (("user",), ("system", "user"), ("user", "assistant", "user")):
-            turns = [(role, f" \ue000{i}aA\n\ue001 ") for i, role in enumerate(roles)]
-            rendered = "" if self.refuses(turns) else self.render(turns)
-            if any(f"\ue000{i}" in rendered and content not in rendered for i, (_, content) in enumerate(turns)):
-                raise WeightsError("the tokenizer's chat template changes the text of messages, which is not supported")
-
-    def render(self, messages: Sequence[tuple[str, str]]) -> str:
-        """The prompt's text; jinja2.TemplateError where the template refuses these messages."""
-        turns = [{"role": role, "content": content} for role, content in messages]
-        try:
-            return self._template.render(messages=turns, add_generation_prompt=True, **self._tokens)
-        except (jinja2.TemplateError, RecursionError):
-            raise
-        except Exception as error:
-            raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from error
-
-    def refuses(self, messages: Sequence[tuple[str, str]]) -> bool:
-        try:
-            self.render(messages)
-        except jinja2.TemplateError:
-            return True
-        return False
-
-
 def _inexpressible(roles: Sequence[str], wrong: int, reason: str = "") -> InvalidRequest:
     return InvalidRequest(
         f"messages[{wrong}].role",
@@ -307,14 +256,6 @@ def _inexpressible(roles: Sequence[str], wrong: int, reason: str = "") -> Invali
         f"{', '.join(roles[max(0, wrong - 9) : wrong + 1])}{reason}); use user and assistant in turn, beginning and "
         "ending with user",
     )
-
-
-def _raise_template_error(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _token_text(token: Any) -> str:
-    return token["content"] if isinstance(token, Mapping) else str(token)
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -326,7 +267,7 @@ def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
 def _prefix_ids(tokenizer_json: str, config: Mapping[str, Any], added: Mapping[str, Any]) -> list[int]:
     """What the tokenizer puts before plain text. `add_bos_token` wins over the post-processor, as in transformers."""
     if (add := config.get("add_bos_token")) is not None:
-        return [added[_token_text(config["bos_token"])]["id"]] if add else []
+        return [added[token_text(config["bos_token"])]["id"]] if add else []
     whole = Tokenizer.from_str(tokenizer_json)
     bare = whole.encode("a", add_special_tokens=False).ids
     full = whole.encode("a").ids
