@@ -256,12 +256,13 @@ def settled(service: Service) -> bool:
 
 
 def _decoders(folder: Path) -> Iterator[tuple[str, Callable[[], Decoder], Tokens]]:
-    yield "genai", lambda: onnx_decoder(folder / "onnx", {"threads": 1}), Tokens.from_folder(folder / "onnx")
-    yield (
-        "batched",
-        lambda: onnx_decoder(folder / "onnx", {"threads": 1, "parallel": 4}),
-        Tokens.from_folder(folder / "onnx"),
-    )
+    def onnx(**settings: Any) -> Callable[[], Decoder]:
+        return lambda: onnx_decoder(folder / "onnx", {"threads": 1, **settings})
+
+    tokens = Tokens.from_folder(folder / "onnx")
+    yield "genai", onnx(engine="genai"), tokens
+    yield "batched", onnx(engine="onnxruntime", parallel=4), tokens
+    yield "openvino", onnx(engine="openvino", parallel=4), tokens
 
     def pipeline() -> Decoder:
         import torch
@@ -339,7 +340,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10, help="for each decoder")
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--decoder", choices=["genai", "batched", "pipeline"], help="this one alone")
+    parser.add_argument("--decoder", choices=["genai", "batched", "openvino", "pipeline"], help="this one alone")
     asked = parser.parse_args()
     logging.disable(logging.CRITICAL)  # each fault is in the log, with its traceback
     chosen = [each for each in _decoders(ROOT / "artifacts") if asked.decoder in (None, each[0])]
