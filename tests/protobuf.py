@@ -37,6 +37,12 @@ def node(operator: str = "Add", *inputs: str, domain: str = "", attributes: Iter
     return b"".join([*parts, *(field(5, attribute) for attribute in attributes), field(7, domain)])
 
 
+def value(name: str, *shape: int | str) -> bytes:
+    """A ValueInfoProto: an input or output of fixed and of named dimensions."""
+    dimensions = [field(1, field(1 if isinstance(size, int) else 2, size)) for size in shape]
+    return field(1, name) + field(2, field(1, field(1, 1) + field(2, b"".join(dimensions))))
+
+
 def graph(nodes: Iterable[bytes] = (), initializers: Iterable[bytes] = (), more: bytes = b"") -> bytes:
     """A GraphProto."""
     parts = [*(field(1, part) for part in nodes), *(field(5, part) for part in initializers)]

@@ -19,7 +19,7 @@ from phi3_mlflow.runtime import loading
 from phi3_mlflow.runtime import service as service_module
 from phi3_mlflow.runtime.chat import Request
 from phi3_mlflow.runtime.decoders.base import Part
-from phi3_mlflow.runtime.errors import InvalidRequest
+from phi3_mlflow.runtime.errors import InvalidRequest, WeightsError
 from phi3_mlflow.runtime.model import AnswerFailed, OutOfTime, Predictor, RequestRefused, TryLater
 from phi3_mlflow.runtime.options import Options
 from phi3_mlflow.runtime.service import Service
@@ -47,7 +47,7 @@ def test_a_service_that_cannot_be_made_closes_its_decoder(monkeypatch, broken):
         monkeypatch.setattr(service_module, "Grammars", grammars)
     else:
         defaults = Options(logit_bias={10**8: 1.0})
-    with pytest.raises((ValueError, InvalidRequest)):
+    with pytest.raises((WeightsError, InvalidRequest)):
         Service(TOKENS, decoder, defaults=defaults)
     assert decoder.closed
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 import struct
@@ -21,6 +22,13 @@ from phi3_mlflow.runtime.errors import WeightsError
 from phi3_mlflow.runtime.trust import files, genai_config, onnx_graph
 
 ARTIFACTS = Path(__file__).resolve().parent.parent / "artifacts"
+
+
+class Calls:
+    """What a pickle of it calls."""
+
+    def __reduce__(self):
+        return os.getpid, ()
 
 
 @pytest.fixture
@@ -82,14 +90,41 @@ class TestFiles:
         with pytest.raises(WeightsError, match=r"pytorch_model\.bin is a zip archive"):
             trust.check(onnx)
 
-    def test_real_pickles_of_every_protocol_with_a_header_are_noticed(self, tmp_path):
-        import pickle
+    @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+    def test_real_pickles_are_noticed(self, tmp_path, protocol):
+        for value in ({}, [1], "text", (1, 2), Path("x"), {"a": [b"c"]}, 1.5, None, Calls(), [Calls()] * 3):
+            (tmp_path / "file").write_bytes(pickle.dumps(value, protocol))
+            with pytest.raises(WeightsError, match="is a pickle"):
+                files.needed(tmp_path / "file")
 
-        for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
-            for value in ({}, [1], "text", (1, 2), Path("x"), {"a": [b"c"]}, 1.5, None):
-                (tmp_path / "file").write_bytes(pickle.dumps(value, protocol))
-                with pytest.raises(WeightsError, match="is a pickle"):
-                    files.needed(tmp_path / "file")
+    @pytest.mark.parametrize(
+        "start",
+        [
+            b"cos\nsystem\n(S'id'\ntR.",
+            b"(S'id'\nios\nsystem\n.",
+            b"(cos\nsystem\nS'id'\no.",
+            b"(dp0\nS'weights'\np1\ncos\nsystem\n(S'id'\ntRs.",
+            b"ccopy_reg\n_reconstructor\n(cos\nPathLike\nc__builtin__\nobject\nNtRp1\n",
+        ],
+    )
+    def test_a_pickle_without_a_header_that_calls_something_is_noticed_whatever_follows(self, onnx, start):
+        for content in (start, start + bytes(10_000)):
+            (onnx / "extra.data").write_bytes(content)
+            with pytest.raises(WeightsError, match=r"extra\.data is a pickle"):
+                trust.check(onnx)
+
+    @pytest.mark.parametrize(
+        "text", ["cat\ndog\nelephant\n", "copyright\nMicrosoft\nAll rights reserved.", "N", "I am.", "."]
+    )
+    def test_text_that_begins_like_an_old_pickle_is_none(self, onnx, text):
+        (onnx / "LICENSE").write_text(text)
+        trust.check(onnx)
+
+    @given(content=st.binary(min_size=1, max_size=100))
+    def test_numbers_are_no_pickle(self, tmp_path_factory, content):
+        path = tmp_path_factory.mktemp("numbers") / "data"
+        path.write_bytes(b"N" + content + bytes(5_000))
+        files.needed(path)
 
     def test_numbers_that_begin_like_a_program_for_windows_are_no_program(self, tmp_path):
         (tmp_path / "data").write_bytes(b"MZ" + bytes(range(200)))
@@ -207,6 +242,38 @@ class TestGenaiConfig:
             genai_config.read(configured(onnx, path, value))
 
     @pytest.mark.parametrize(
+        ("path", "value", "has"),
+        [
+            ("model/decoder/num_hidden_layers", 3, "4"),
+            ("model/decoder/num_hidden_layers", 5, "4"),
+            ("model/decoder/num_key_value_heads", 7, "6"),
+            ("model/decoder/head_size", 16, "32"),
+            ("model/vocab_size", 999_999, "2112 logits"),
+            ("model/eos_token_id", 2112, "2112 logits"),
+            ("model/eos_token_id", [5000, 6000], "2112 logits"),
+            ("model/eos_token_id", -1, "2112 logits"),
+            ("model/decoder/inputs/input_ids", "tokens", "no such name"),
+            ("model/decoder/inputs/position_ids", "position_ids", "no such name"),
+            ("model/decoder/inputs/past_key_names", "past.%d.key", "no such name"),
+            ("model/decoder/outputs/logits", "scores", "no such name"),
+            ("model/decoder/outputs/present_value_names", "now.%d.value", "no such name"),
+        ],
+    )
+    def test_what_does_not_fit_the_graph_is_refused_with_its_path_and_what_the_graph_has(self, onnx, path, value, has):
+        dotted = path.replace("/", ".")
+        with pytest.raises(
+            WeightsError, match=rf"has {re.escape(f'{dotted} {value}')}, and the graph in model\.onnx has {has}:"
+        ):
+            trust.check(configured(onnx, path, value))
+
+    @pytest.mark.parametrize("missing", ["inputs", "outputs", "num_hidden_layers", "head_size"])
+    def test_what_the_configuration_leaves_out_is_not_compared(self, onnx, missing):
+        content = json.loads((onnx / "genai_config.json").read_text())
+        del content["model"]["decoder"][missing]
+        (onnx / "genai_config.json").write_text(json.dumps(content))
+        trust.check(onnx)
+
+    @pytest.mark.parametrize(
         "name", ["/etc/model.onnx", "../model.onnx", "a/model.onnx", "a\\model.onnx", "C:model.onnx"]
     )
     def test_a_graph_outside_the_folder_is_refused(self, onnx, name):
@@ -226,7 +293,7 @@ def check(tmp_path):
     def run(content: bytes) -> list[str]:
         (tmp_path / "model.onnx").write_bytes(content)
         (tmp_path / "data").write_bytes(bytes(100))
-        return [path.name for path in onnx_graph.check(tmp_path / "model.onnx")]
+        return [path.name for path in onnx_graph.check(tmp_path / "model.onnx").files]
 
     return run
 
@@ -365,7 +432,15 @@ class TestGraph:
         path = ARTIFACTS / "onnx" / "model.onnx"
         proto = onnx.load(path, load_external_data=False)
         locations = {entry.value for tensor in proto.graph.initializer for entry in tensor.external_data[:1]}
-        assert {found.name for found in onnx_graph.check(path)} == locations
+        found = onnx_graph.check(path)
+        assert {file.name for file in found.files} == locations
+        assert found.shapes == {
+            value.name: tuple(
+                size.dim_value if size.HasField("dim_value") else None for size in value.type.tensor_type.shape.dim
+            )
+            for value in (*proto.graph.input, *proto.graph.output)
+        }
+        assert found.head_size == 32
         assert {(node.domain, node.op_type) for node in proto.graph.node} <= {
             (domain, operator) for domain, operators in onnx_graph.OPERATORS.items() for operator in operators
         }

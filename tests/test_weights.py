@@ -94,11 +94,25 @@ def transformers_files() -> dict[str, bytes]:
     }
 
 
+def phi3_graph(weights: bytes) -> bytes:
+    """A graph with the inputs and outputs of Phi-3-mini, and one node."""
+    cache = ("batch_size", 32, "length", 96)
+    values = [
+        *(protobuf.field(11, protobuf.value(name, "batch_size", "length")) for name in ("input_ids", "attention_mask")),
+        protobuf.field(12, protobuf.value("logits", "batch_size", "length", 32064)),
+    ]
+    for layer in range(32):
+        for kind in ("key", "value"):
+            values.append(protobuf.field(11, protobuf.value(f"past_key_values.{layer}.{kind}", *cache)))
+            values.append(protobuf.field(12, protobuf.value(f"present.{layer}.{kind}", *cache)))
+    return protobuf.model(protobuf.graph([protobuf.node("Add", "x", "w")], [weights], b"".join(values)))
+
+
 def onnx_files() -> dict[str, bytes]:
     weights = protobuf.tensor("w", location=f"{GRAPH}.data", offset="0", length="300000")
     return {
         "genai_config.json": json.dumps(GENAI_CONFIG).encode(),
-        GRAPH: protobuf.model(protobuf.graph([protobuf.node("Add", "x", "w")], [weights])),
+        GRAPH: phi3_graph(weights),
         f"{GRAPH}.data": random.Random(3).randbytes(300_000),
         "tokenizer.json": b'{"version": "1.0"}',
         "tokenizer_config.json": b"{}",
@@ -297,8 +311,7 @@ class TestOnnxForm:
         assert "has no model.type" in refused(onnx_folder, "onnx")
 
     def test_a_graph_with_the_weights_inside_needs_no_data_file(self, onnx_folder):
-        content = protobuf.graph([protobuf.node("Add", "x", "w")], [protobuf.tensor("w")])
-        (onnx_folder / GRAPH).write_bytes(protobuf.model(content))
+        (onnx_folder / GRAPH).write_bytes(phi3_graph(protobuf.tensor("w")))
         (onnx_folder / f"{GRAPH}.data").unlink()
         resolve(onnx_folder, "onnx")
 
@@ -310,6 +323,10 @@ class TestOnnxForm:
         output = onnx.helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT, [4096])
         model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [output], [tensor]))
         onnx.save(model, onnx_folder / GRAPH, save_as_external_data=True, location="weights.data.v2")
+        config = json.loads((onnx_folder / "genai_config.json").read_text())
+        for key in ("inputs", "outputs", "num_hidden_layers"):
+            del config["model"]["decoder"][key]
+        (onnx_folder / "genai_config.json").write_text(json.dumps(config))
         resolve(onnx_folder, "onnx")
         (onnx_folder / "weights.data.v2").unlink()
         assert "weights.data.v2 is missing" in refused(onnx_folder, "onnx")

@@ -13,7 +13,7 @@ from . import prompts
 from .answers import StopReason
 from .chat import Request, Task, parse
 from .decoders.base import Decoder
-from .errors import InvalidRequest
+from .errors import InvalidRequest, WeightsError
 from .generation import Generation
 from .grammar import Grammar, Grammars
 from .options import Options
@@ -72,7 +72,7 @@ class Service:
 
     Raises:
         InvalidRequest: a default means nothing to this model.
-        ValueError: the tokenizer and the decoder do not fit together.
+        WeightsError: the tokenizer and the decoder do not fit together.
     """
 
     def __init__(
@@ -99,8 +99,10 @@ class Service:
             self._grammars = Grammars(tokens.tokenizer_json, tokens.vocab_size, decoder.eos)
             self._check(self.defaults)
             self._scheduler = Scheduler(decoder, **scheduling)
-        except BaseException:
+        except BaseException as error:
             decoder.close()
+            if isinstance(error, ValueError):
+                raise WeightsError(f"the tokenizer does not fit the weights: {error}") from error
             raise
 
     def start(

@@ -36,9 +36,9 @@ def check(folder: Path) -> None:
     """Checks a logged ONNX folder, for every decoder that may load it. Reads no weight file but for its first bytes.
 
     Raises:
-        WeightsError: genai_config.json has a key or a value that is not on the allow-list, the graph is refused, a
-            file that is read makes no sense, or a file, whether it is used or not, is a native library, a pickle or a
-            link that leaves the folder.
+        WeightsError: genai_config.json has a key or a value that is not on the allow-list or does not fit the graph,
+            the graph is refused, a file that is read makes no sense, or a file, whether it is used or not, is a native
+            library, a pickle or a link that leaves the folder.
     """
     onnx_files(folder)
     files.check_all(folder)
@@ -51,11 +51,12 @@ def onnx_files(folder: Path) -> list[Path]:
         WeightsError: as for `check`, about these files.
     """
     config = genai_config.read(folder)
-    graph = folder / config["model"]["decoder"]["filename"]
-    data = onnx_graph.check(graph)
+    path = folder / config["model"]["decoder"]["filename"]
+    graph = onnx_graph.check(path)
+    genai_config.check_fits(folder, config, graph)
     files.needed(folder / "tokenizer.json")
     _check_texts(folder)
-    return [folder / genai_config.NAME, graph, *data, folder / "tokenizer.json"]
+    return [folder / genai_config.NAME, path, *graph.files, folder / "tokenizer.json"]
 
 
 def check_transformers(folder: Path) -> None:

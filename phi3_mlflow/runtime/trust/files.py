@@ -4,6 +4,7 @@ It knows nothing of what the files mean.
 """
 
 import json
+import pickletools
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -34,6 +35,9 @@ _LIBRARIES = {
 # The PROTO opcode with the protocols in use, and what may follow it (Lib/pickle.py): LONG1 begins torch's old format.
 # The opcodes are looked at because the raw numbers of a weight file may begin like anything.
 _PICKLE = re.compile(rb"\x80[\x02-\x05][\x8a\x95\x8c\x8d\x8e(\]})cXKMJGBCN\x88\x89q]")
+# Opcodes that call what was named before, in the protocols that have no header (Lib/pickletools.py).
+_CALLS = frozenset({"INST", "OBJ", "REDUCE", "BUILD"})
+_START = 4096  # bytes of a file that are looked at
 _GIT_LFS = b"version https://git-lfs"
 
 
@@ -174,16 +178,33 @@ def _check_start(path: Path) -> bytes:
     """The first bytes of a file that is neither a native library nor a pickle."""
     try:
         with path.open("rb") as stream:
-            start = stream.read(64)
+            start = stream.read(_START)
             kind = _LIBRARIES.get(start[:4])
-            if start[:2] == b"MZ" and len(start) == 64:
+            if start[:2] == b"MZ" and len(start) >= 64:
                 # A program for Windows, where its header says where the next one is.
                 stream.seek(int.from_bytes(start[60:64], "little"))
                 kind = "a native library (PE)" if stream.read(4) == b"PE\0\0" else None
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
-    if kind is None and _PICKLE.match(start):
+    if kind is None and (_PICKLE.match(start) or _is_old_pickle(start)):
         kind = "a pickle, which can run code when it is loaded"
     if kind is not None:
         raise WeightsError(f"{path} is {kind}, and no file of weights is one: do not use this copy")
     return start
+
+
+def _is_old_pickle(start: bytes) -> bool:
+    """Whether a file begins as one of protocol 0 or 1, which have no header: it is one as a whole, or makes a call."""
+    named = False
+    try:
+        for opcode, value, position in pickletools.genops(start):
+            if opcode.name in ("GLOBAL", "INST"):
+                named = re.fullmatch(r"[\w.]+ [\w.]+", str(value)) is not None
+            if named and opcode.name in _CALLS:
+                return True
+            if opcode.name == "STOP":
+                # Text and numbers may hold a STOP anywhere, and hardly one that ends both the pickle and the file.
+                return 0 < (position or 0) == len(start) - 1 < _START - 1
+    except ValueError:  # no pickle, or more than the start
+        pass
+    return False

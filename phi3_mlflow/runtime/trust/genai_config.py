@@ -5,15 +5,17 @@ table is refused, whatever it is. The table has what the model builder of onnxru
 2024 to 0.18: make_genai_config in models/builders/base.py), and harmless settings of onnxruntime's sessions.
 """
 
+import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import WeightsError, shorten
 from . import files
+from .onnx_graph import Graph
 
 NAME = "genai_config.json"
 
@@ -190,6 +192,55 @@ def read(folder: Path) -> dict[str, Any]:
     if not filename.endswith(".onnx"):
         raise WeightsError(f"{path} has model.decoder.filename {shorten(filename)}: it must end in .onnx")
     return content
+
+
+def check_fits(folder: Path, config: Mapping[str, Any], graph: Graph) -> None:
+    """Compares the names and numbers of a configuration with those that the graph has.
+
+    Args:
+        folder: holds genai_config.json.
+        config: what `read` gave.
+        graph: of the folder.
+
+    Raises:
+        WeightsError: one differs; the message has the key, its value and what the graph has.
+    """
+    model = config["model"]
+    decoder = model["decoder"]
+    shapes = graph.shapes
+
+    def refuse(key: str, value: object, has: str) -> None:
+        raise WeightsError(
+            f"{folder / NAME} has {key} {value}, and the graph in {decoder['filename']} has {has}: copy or download "
+            "both again"
+        )
+
+    for section in ("inputs", "outputs"):
+        for key, name in decoder.get(section, {}).items():
+            if name.replace("%d", "0") not in shapes:
+                refuse(f"model.decoder.{section}.{key}", name, "no such name")
+    # Where the file has no names, these are onnxruntime-genai's own.
+    keys = decoder.get("inputs", {}).get("past_key_names", "past_key_values.%d.key")
+    logits = shapes.get(decoder.get("outputs", {}).get("logits", "logits"), ())
+    cache = shapes.get(keys % 0, ())
+    for key, value, has in (
+        ("num_hidden_layers", decoder.get("num_hidden_layers"), _count(keys, shapes)),
+        ("num_key_value_heads", decoder.get("num_key_value_heads"), cache[1] if len(cache) == 4 else None),
+        ("head_size", decoder.get("head_size"), graph.head_size),
+    ):
+        if None not in (value, has) and value != has:
+            refuse(f"model.decoder.{key}", value, str(has))
+    if logits and logits[-1] is not None:
+        if model.get("vocab_size", logits[-1]) != logits[-1]:
+            refuse("model.vocab_size", model["vocab_size"], f"{logits[-1]} logits")
+        ends = model["eos_token_id"]
+        if not any(0 <= end < logits[-1] for end in (ends if isinstance(ends, list) else [ends])):
+            refuse("model.eos_token_id", ends, f"{logits[-1]} logits")
+
+
+def _count(pattern: str, names: Collection[str]) -> int:
+    """How many layers have a name."""
+    return next(layer for layer in itertools.count() if pattern % layer not in names)
 
 
 def _check(path: Path, value: Any, allowed: Any, where: str) -> None:

@@ -7,7 +7,7 @@ be opened or run, jumps over the rest, and refuses what another reader might und
 
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,19 +52,26 @@ _FIELDS: dict[str, dict[int, tuple[str, str]]] = {
         26: ("configuration", "refuse"),
     },
     "GraphProto": {
-        **dict.fromkeys((2, 10, 11, 13, 14, 16), _SKIP),
+        **dict.fromkeys((2, 10, 13, 14, 16), _SKIP),
         1: ("node", "NodeProto*"),
         5: ("initializer", "TensorProto*"),
+        11: ("input", "ValueInfoProto*"),
         12: ("output", "ValueInfoProto*"),
         15: ("sparse_initializer", "refuse"),
     },
     "ValueInfoProto": {
-        **dict.fromkeys((2, 3, 4), _SKIP),
+        **dict.fromkeys((3, 4), _SKIP),
         1: ("name", "text"),
+        2: ("type", "TypeProto"),
     },
+    "TypeProto": {**dict.fromkeys((4, 5, 6, 7, 8, 9), _SKIP), 1: ("tensor_type", "TypeProto.Tensor")},
+    "TypeProto.Tensor": {1: _SKIP, 2: ("shape", "TensorShapeProto")},
+    "TensorShapeProto": {1: ("dim", "TensorShapeProto.Dimension*")},
+    "TensorShapeProto.Dimension": {**dict.fromkeys((2, 3), _SKIP), 1: ("dim_value", "number")},
     "NodeProto": {
-        **dict.fromkeys((2, 6, 9), _SKIP),
+        **dict.fromkeys((6, 9), _SKIP),
         1: ("input", "texts"),
+        2: ("output", "texts"),
         3: ("name", "text"),
         4: ("op_type", "text"),
         5: ("attribute", "AttributeProto*"),
@@ -73,7 +80,9 @@ _FIELDS: dict[str, dict[int, tuple[str, str]]] = {
         10: ("device_configurations", "refuse"),
     },
     "AttributeProto": {
-        **dict.fromkeys((1, 2, 3, 4, 7, 8, 9, 13, 20), _SKIP),
+        **dict.fromkeys((2, 4, 7, 8, 9, 13, 20), _SKIP),
+        1: ("name", "text"),
+        3: ("i", "number"),
         5: ("t", "TensorProto"),
         6: ("g", "GraphProto"),
         10: ("tensors", "TensorProto*"),
@@ -106,20 +115,36 @@ class _External:
     node: bool
 
 
+# Of an input or output; None for what is not fixed.
+Shape = tuple[int | None, ...]
+
+
 @dataclass
 class _Found:
     used: set[str] = field(default_factory=set)
     external: list[_External] = field(default_factory=list)
+    shapes: dict[str, Shape] = field(default_factory=dict)
+    heads: dict[str, int] = field(default_factory=dict)  # of attentions, by their outputs
+    head_size: int | None = None
 
 
-def check(path: Path) -> list[Path]:
+@dataclass(frozen=True)
+class Graph:
+    """What a graph says of itself.
+
+    Attributes:
+        files: those beside it that hold its weights, sorted.
+        shapes: of its inputs and outputs, by their names.
+        head_size: of its attention; None where the graph does not show it.
+    """
+
+    files: list[Path]
+    shapes: Mapping[str, Shape]
+    head_size: int | None
+
+
+def check(path: Path) -> Graph:
     """Checks a graph, and that its weights are where it says.
-
-    Args:
-        path: the ONNX file.
-
-    Returns:
-        The files beside it that hold its weights, sorted.
 
     Raises:
         WeightsError: it is no ONNX graph, uses an operator that no decoder here knows, has functions, training or
@@ -150,7 +175,7 @@ def check(path: Path) -> list[Path]:
                 f"{path} wants {tensor.end} bytes of {tensor.location}, which has {sizes[tensor.location]}: copy or "
                 "download both again"
             )
-    return [path.parent / name for name in sorted(sizes)]
+    return Graph([path.parent / name for name in sorted(sizes)], found.shapes, found.head_size)
 
 
 class _Reader:
@@ -254,35 +279,71 @@ def _graph(reader: _Reader, place: range, found: _Found, depth: int) -> None:
         elif name == "initializer":
             _tensor(reader, value, found)
         else:
-            parts = {key: part for key, _, part in reader.fields("ValueInfoProto", value)}
-            if isinstance(part := parts.get("name"), range):
-                found.used.add(reader.text(part))
+            value_name, shape = _value(reader, value)
+            if name == "output":
+                found.used.add(value_name)
+            if depth == 0:
+                found.shapes[value_name] = shape
+
+
+def _value(reader: _Reader, place: range) -> tuple[str, Shape]:
+    """Name and shape of an input or output; the shape is empty where it has none."""
+    name = ""
+    dimensions: list[int | None] = []
+    level = [("ValueInfoProto", place)]
+    while level:
+        message, inner = level.pop(0)
+        if message == "TensorShapeProto.Dimension":
+            numbers = [number for _, _, number in reader.fields(message, inner)]
+            dimensions.append(numbers[0] if numbers and isinstance(numbers[0], int) else None)
+            continue
+        for part, kind, value in reader.fields(message, inner):
+            assert isinstance(value, range)
+            if part == "name":
+                name = reader.text(value)
+            else:
+                level.append((kind, value))
+    return name, tuple(dimensions)
 
 
 def _node(reader: _Reader, place: range, found: _Found, depth: int) -> None:
     texts = {"domain": "", "op_type": "", "name": ""}
+    values: dict[str, list[str]] = {"input": [], "output": []}
+    numbers: dict[str, int] = {}
     for name, kind, value in reader.fields("NodeProto", place):
         assert isinstance(value, range)
         if kind == "texts":
-            found.used.add(reader.text(value))
+            values[name].append(reader.text(value))
         elif kind == "text":
             texts[name] = reader.text(value)
         else:
-            _attribute(reader, value, found, depth)
+            numbers |= _attribute(reader, value, found, depth)
+    found.used.update(values["input"])
     domain, operator = texts["domain"], texts["op_type"]
     if operator not in OPERATORS.get(domain, ()):
         what = shorten(f"{domain}::{operator}" if domain else operator)
         where = f"in the node {shorten(texts['name'])}"
         raise reader.refused(f"has the operator {what} {where}, which no decoder here knows")
+    first = values["input"][0] if values["input"] else ""
+    if operator == "GroupQueryAttention" and numbers.get("num_heads") and values["output"]:
+        found.heads[values["output"][0]] = numbers["num_heads"]
+    elif operator == "MatMulNBits" and first in found.heads and "K" in numbers:
+        found.head_size = numbers["K"] // found.heads[first]
 
 
-def _attribute(reader: _Reader, place: range, found: _Found, depth: int) -> None:
-    for _, kind, value in reader.fields("AttributeProto", place):
-        assert isinstance(value, range)
-        if kind == "GraphProto":
+def _attribute(reader: _Reader, place: range, found: _Found, depth: int) -> dict[str, int]:
+    """Its name and number, where it is one."""
+    attribute, number = "", None
+    for name, kind, value in reader.fields("AttributeProto", place):
+        if isinstance(value, int):
+            number = value
+        elif name == "name":
+            attribute = reader.text(value)
+        elif kind == "GraphProto":
             _graph(reader, value, found, depth + 1)
         else:
             _tensor(reader, value, found, node=True)
+    return {} if number is None else {attribute: number}
 
 
 def _tensor(reader: _Reader, place: range, found: _Found, *, node: bool = False) -> None:
