@@ -8,7 +8,9 @@ from pathlib import Path
 import mlflow.pyfunc
 from mlflow.pyfunc import PyFuncModel
 
+from phi3_mlflow.runtime import mlmodel
 from phi3_mlflow.runtime.errors import Phi3Error
+from phi3_mlflow.serve import folders
 
 
 @contextmanager
@@ -29,16 +31,20 @@ def given_or_embedded(model_uri: str | None) -> Iterator[str]:
         yield str(path)
 
 
-def load(model_uri: str) -> PyFuncModel:
-    """A logged model that answers chats.
+@contextmanager
+def load(model_uri: str) -> Iterator[PyFuncModel]:
+    """A logged model that answers chats; what was downloaded for it is gone behind the block.
 
     Raises:
         Phi3Error: it is none.
     """
-    model = mlflow.pyfunc.load_model(model_uri, suppress_warnings=True)
-    task = (model.metadata.metadata or {}).get("task")
-    if task is None:
-        raise Phi3Error(f"{model_uri} was not logged by phi3_mlflow")
-    if task != "llm/v1/chat":
-        raise Phi3Error(f"{model_uri} is a model for the task {task}; a conversation needs one for llm/v1/chat")
-    return model
+    folder = folders.fetch(model_uri)
+    try:
+        task = (mlmodel.load(folder.path).metadata or {}).get("task")
+        if task is None:
+            raise Phi3Error(f"{model_uri} was not logged by phi3_mlflow")
+        if task != "llm/v1/chat":
+            raise Phi3Error(f"{model_uri} is a model for the task {task}; a conversation needs one for llm/v1/chat")
+        yield mlflow.pyfunc.load_model(str(folder.path), suppress_warnings=True)
+    finally:
+        folder.remove()

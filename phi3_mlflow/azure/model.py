@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-import yaml
-
 from phi3_mlflow.azure.errors import AzureError
-from phi3_mlflow.runtime.errors import shorten
+from phi3_mlflow.runtime import mlmodel
+from phi3_mlflow.runtime.errors import FormatError, shorten
 
 # Written by MLflow beside a registered model when it is loaded; no part of the model.
 NOT_MODEL = frozenset({"registered_model_meta"})
@@ -70,7 +69,7 @@ class LoggedModel:
         noted = self.metadata.get("task")
         if noted in _TASKS:
             return str(noted)
-        columns = {str(column.get("name")): column["type"] for column in self.columns("inputs") or []}
+        columns = {str(column.get("name")): column.get("type") for column in self.columns("inputs") or []}
         return "llm/v1/chat" if columns.get("messages") == "array" else "flat"
 
     def files(self) -> list[Path]:
@@ -104,17 +103,12 @@ def read(folder: Path, uri: str = "", version: str | None = None) -> LoggedModel
     """Reads the model in a folder.
 
     Raises:
-        AzureError: the folder holds no MLmodel, or one that is no YAML mapping.
+        AzureError: the folder holds no MLmodel, or one that makes no sense.
     """
-    path = folder / "MLmodel"
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AzureError(f"{folder} is no logged model, it holds no MLmodel file: give the URI of a model") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise AzureError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(data, dict):
-        raise AzureError(f"{path} holds no mapping but {shorten(data)}: log the model again")
+        data = mlmodel.read(folder)
+    except FormatError as error:
+        raise AzureError(str(error)) from None
     return LoggedModel(folder, uri or str(folder), version, data)
 
 

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-from mlflow.models import Model
 from mlflow.pyfunc import PyFuncModel
 
 from phi3_mlflow.logged import given_or_embedded
 from phi3_mlflow.machine import resident
+from phi3_mlflow.runtime import mlmodel
 from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error
 from phi3_mlflow.runtime.tokens import Tokens
 
@@ -71,7 +71,7 @@ def subject(model_uri: str | None, parallel: int | None = None) -> Iterator[tupl
     """
     with given_or_embedded(model_uri) as uri:
         folder = Path(mlflow.artifacts.download_artifacts(uri))
-        logged = Model.load(folder)
+        logged = mlmodel.load(folder)
         task = (logged.metadata or {}).get("task")
         if task is None:
             raise Phi3Error(f"{uri} was not logged by phi3_mlflow, and nothing else can be measured")

@@ -74,7 +74,7 @@ class Logged:
         self.name = uri or EMBEDDED
         with ExitStack() as stack:
             given = stack.enter_context(given_or_embedded(None if uri == EMBEDDED else uri))
-            self._model: Any = load(given)
+            self._model: Any = stack.enter_context(load(given))
             self._stack = stack.pop_all()
         self.defaults: Options | None = default_options(self._model.model_config or {})
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from phi3_mlflow.runtime import mlmodel
 from phi3_mlflow.runtime.errors import WeightsError, shorten
 from phi3_mlflow.runtime.hashes import hash_file, hash_once, why
 
@@ -59,6 +60,7 @@ def verify(folder: Path, within: Sequence[str] = ("",), *, full: bool = True) ->
         WeightsError: the manifest is missing or makes no sense, the model's MLmodel states the digest of another one or
             none, a file is missing, unreadable, of another size or of another content, or the manifest does not list
             it; the message names the file.
+        FormatError: MLmodel cannot be read.
     """
     check_stated(folder)
     for _, problem in compare(folder, within, hash_of=hash_file if full else hash_once):
@@ -120,20 +122,15 @@ def stated(folder: Path) -> tuple[Path, str | None] | None:
         MLmodel, as for a folder of weights that is no part of a model.
 
     Raises:
-        WeightsError: MLmodel cannot be read.
+        FormatError: MLmodel cannot be read.
     """
-    import yaml  # takes a while, and the toolkit writes manifests without it
-
     folder = Path(os.path.abspath(folder))  # not `resolve`: the folder may be a link, and MLmodel beside that
     places = [folder, folder.parent.parent] if folder.parts[-2:] == ("artifacts", "weights") else [folder]
-    path = next((place / "MLmodel" for place in places if (place / "MLmodel").is_file()), None)
-    if path is None:
+    place = next((place for place in places if (place / mlmodel.NAME).is_file()), None)
+    if place is None:
         return None
-    try:
-        metadata = yaml.safe_load(path.read_text("utf-8")).get("metadata")
-        return path, metadata["weights"].get("sha256") if metadata else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
-        raise WeightsError(f"{path} cannot be read as that of a logged model: copy it again") from error
+    metadata = mlmodel.read(place).get("metadata") or {}
+    return place / mlmodel.NAME, (metadata.get("weights") or {}).get("sha256")
 
 
 def check_stated(folder: Path) -> None:
@@ -144,6 +141,7 @@ def check_stated(folder: Path) -> None:
 
     Raises:
         WeightsError: they differ, or MLmodel has no digest.
+        FormatError: MLmodel cannot be read.
     """
     found = stated(folder)
     if found is None:

@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 from mlflow.environment_variables import MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model
 from mlflow.protos.databricks_pb2 import (
     INTERNAL_ERROR,
     INVALID_PARAMETER_VALUE,
@@ -25,7 +24,7 @@ from mlflow.protos.databricks_pb2 import (
 )
 from tqdm.auto import tqdm
 
-from . import hosting, loading, manifest, trust
+from . import hosting, loading, manifest, mlmodel, trust
 from .answers import Answer
 from .chat import chunks, completion
 from .errors import Busy, FormatError, InvalidRequest, Picklable, Unavailable, shorten
@@ -293,10 +292,7 @@ def load(folder: Path, config: Mapping[str, Any] | None = None) -> Predictor:
         FormatError, WeightsError: this runtime cannot read the model, or a file is missing or damaged.
         InvalidRequest: a setting is not allowed.
     """
-    try:
-        logged = Model.load(str(folder / "MLmodel"))
-    except (OSError, MlflowException) as error:
-        raise FormatError(f"{folder} is not a logged model: it has no MLmodel file that can be read") from error
+    logged = mlmodel.load(folder)
     flavor = logged.flavors.get("python_function", {})
     metadata = logged.metadata or {}
     if "format" not in metadata:

@@ -36,11 +36,17 @@ def _look_up(spec: "Spec") -> None:
     import mlflow
     from mlflow.models import get_model_info
 
+    from phi3_mlflow.runtime import mlmodel
+    from phi3_mlflow.runtime.errors import Phi3Error
+
     from .server import ServeError
 
     try:
-        get_model_info(spec.uri)
-    except (mlflow.MlflowException, OSError, ValueError) as error:
+        if Path(spec.uri).is_dir():
+            mlmodel.load(Path(spec.uri))
+        else:
+            get_model_info(spec.uri)
+    except (Phi3Error, mlflow.MlflowException, OSError, ValueError) as error:
         place = f"{spec.uri} was looked for in {mlflow.get_tracking_uri()}"
         raise ServeError(f"the model `{spec.name}` cannot be loaded: {str(error).splitlines()[0]} ({place})") from error
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
-from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.pyfunc import PyFuncModel, scoring_server
 from starlette.types import ASGIApp
 
+from phi3_mlflow.runtime import mlmodel
 from phi3_mlflow.runtime import model as runtime
 from phi3_mlflow.runtime.chat import TASKS
-from phi3_mlflow.runtime.errors import FormatError, Phi3Error, Unavailable
+from phi3_mlflow.runtime.errors import Phi3Error, Unavailable
 from phi3_mlflow.runtime.model import Predictor
 from phi3_mlflow.runtime.service import Service
 from phi3_mlflow.runtime.settings import check_config
@@ -149,10 +149,7 @@ def load(
 
 
 def _load(spec: Spec, folder: Folder, parallel: int | None, settings: Mapping[str, Any]) -> Loaded:
-    try:
-        logged = Model.load(str(folder.path / "MLmodel"))
-    except (OSError, MlflowException) as error:
-        raise FormatError(f"{folder.path} is not a logged model: it has no MLmodel file that can be read") from error
+    logged = mlmodel.load(folder.path)
     predictor = runtime.load(folder.path, _config(logged, parallel, settings))
     try:
         model = PyFuncModel(

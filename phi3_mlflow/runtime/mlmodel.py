@@ -1,0 +1,113 @@
+"""The MLmodel file of a logged model: read as plain data, and checked before anything is done with it.
+
+What MLflow makes of a file that somebody changed by hand is any exception of Python's.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import FormatError, shorten
+
+if TYPE_CHECKING:
+    from mlflow.models import Model
+
+NAME = "MLmodel"
+_MOST_BYTES = 2**20  # of a file that has some 10 KB
+# Sections and values that are read here or by MLflow, with their types; all of them may be missing.
+_KINDS: Mapping[tuple[str, ...], str] = {
+    ("flavors",): "a mapping",
+    ("flavors", "python_function"): "a mapping",
+    ("flavors", "python_function", "config"): "a mapping",
+    ("flavors", "python_function", "artifacts"): "a mapping",
+    ("flavors", "python_function", "artifacts", "weights"): "a mapping",
+    ("flavors", "python_function", "artifacts", "weights", "path"): "a text",
+    ("flavors", "python_function", "loader_module"): "a text",
+    ("flavors", "transformers"): "a mapping",
+    ("metadata",): "a mapping",
+    ("metadata", "task"): "a text",
+    ("metadata", "weights"): "a mapping",
+    ("metadata", "weights", "sha256"): "a text",
+    ("model_id",): "a text",
+    ("signature",): "a mapping",
+    ("signature", "inputs"): "a text",
+    ("signature", "outputs"): "a text",
+    ("signature", "params"): "a text",
+    ("saved_input_example_info",): "a mapping",
+}
+_TYPES: Mapping[str, type] = {"a mapping": dict, "a text": str}
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What the file in a model's folder says.
+
+    Raises:
+        FormatError: it is missing, too large, no YAML mapping, or has a value of another type than MLflow writes; the
+            message names the file and the key.
+    """
+    import yaml  # takes a while, and the toolkit writes manifests without it
+
+    path = folder / NAME
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise FormatError(f"{folder} is not a logged model: it has no {NAME} file that can be read") from error
+    if len(content) > _MOST_BYTES:
+        raise FormatError(f"{path} has more than {_MOST_BYTES} bytes: do not use this copy")
+    try:
+        # An alias can make a small file a value without end; MLflow writes none.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, yaml.SafeLoader)):
+            raise FormatError(f"{path} has YAML aliases (*), which no logged model has: do not use this copy")
+        data = yaml.safe_load(content)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problem = " ".join(str(error).split())[:200]
+        raise FormatError(f"{path} is no YAML: {problem}; copy the model again, or log it again") from error
+    if not isinstance(data, dict):
+        raise FormatError(f"{path} holds {shorten(data)} and not a mapping: copy the model again, or log it again")
+    for keys, kind in _KINDS.items():
+        _check(path, data, keys, kind)
+    for side, text in (data.get("signature") or {}).items():
+        if text is not None and not _is_columns(text):
+            raise FormatError(
+                f"{path} has signature.{side} {shorten(text)}: it must be a JSON list of columns; copy the model "
+                "again, or log it again"
+            )
+    return data
+
+
+def load(folder: Path) -> "Model":
+    """MLflow's description of the model in a folder.
+
+    Raises:
+        FormatError: as for `read`, or MLflow does not understand the file.
+    """
+    from mlflow.models import Model
+
+    read(folder)
+    try:
+        return Model.load(str(folder / NAME))
+    except Exception as error:
+        problem = " ".join(str(error).split())[:200] or type(error).__name__
+        raise FormatError(
+            f"{folder / NAME} is not as MLflow writes it ({problem}): copy the model again, or log it again"
+        ) from error
+
+
+def _is_columns(text: Any) -> bool:
+    try:
+        columns = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return isinstance(columns, list) and all(isinstance(column, dict) for column in columns)
+
+
+def _check(path: Path, data: Any, keys: tuple[str, ...], kind: str) -> None:
+    value = data
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    if value is not None and not isinstance(value, _TYPES[kind]):
+        raise FormatError(
+            f"{path} has {'.'.join(keys)} {shorten(value)}: it must be {kind}; copy the model again, or log it again"
+        )
