@@ -113,6 +113,10 @@ def find(weights: str | Path, form: Form, *, revision: str | None = None) -> Sou
     Raises:
         WeightsError: nothing is found under that name, or the files that are here are not of the wanted form.
     """
+    if not isinstance(weights, str | Path):
+        raise WeightsError(f"weights is {shorten(weights)}; it must be `embedded`, a folder or a Hugging Face id")
+    if revision is not None and not isinstance(revision, str):
+        raise WeightsError(f"revision is {shorten(revision)}; it must be a branch, tag or commit as text")
     text = os.fspath(weights)
     if text != EMBEDDED and not Path(text).expanduser().exists():
         if isinstance(weights, str) and _is_hub_id(text):

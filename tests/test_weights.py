@@ -211,6 +211,12 @@ class TestLocalFolder:
         assert "neither a folder that exists" in message
         assert "nor a Hugging Face id" in message
 
+    @pytest.mark.parametrize("form", ["transformers", "onnx"])
+    def test_what_is_no_name_is_refused(self, form):
+        assert "weights is 5; it must be `embedded`, a folder or" in refused(5, form)
+        assert "weights is None" in refused(None, form)
+        assert "revision is 5; it must be a branch, tag or commit" in refused("a/b", form, revision=5)
+
     def test_a_path_object_is_never_a_hub_id(self):
         assert "neither a folder that exists" in refused(Path("organization/name"), "onnx")
 

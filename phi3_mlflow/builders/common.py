@@ -145,6 +145,8 @@ def own_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     Raises:
         BuildError: it cannot be written down, or has a key that the builders write.
     """
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise BuildError(f"metadata is {shorten(metadata)}; it must be a dict")
     given = dict(metadata or {})
     if taken := [key for key in given if key in _METADATA]:
         raise BuildError(f"metadata has the key {taken[0]!r}, which the builders write themselves; choose another one")

@@ -15,6 +15,7 @@ from mlflow.entities.model_registry import PromptVersion
 from mlflow.models import Model
 from mlflow.models.model import ModelInfo
 
+from phi3_mlflow.runtime.errors import shorten
 from phi3_mlflow.weights import Source, Weights
 
 from . import destination
@@ -80,6 +81,7 @@ def check(*models: tuple[Plan, Entry]) -> None:
         BuildError: something is not allowed or not there; the message names it.
     """
     for _, entry in models:
+        _check_types(entry)
         destination.check_names(entry.name, entry.registered_model_name, entry.alias)
     destination.check_stores(registry=any(entry.registered_model_name for _, entry in models))
     folders = []
@@ -88,6 +90,32 @@ def check(*models: tuple[Plan, Entry]) -> None:
         folders.append(destination.artifact_folder(destination.find_run(entry.run_id)))
     temporary = max(destination.temporary_size(plan.source, links=plan.links) for plan, _ in models)
     destination.check_space([plan.source for plan, _ in models], folders, temporary=temporary)
+
+
+# Arguments of log_model with their types; each but the name and the step may be None.
+_TYPES: Mapping[str, tuple[Any, str]] = {
+    "name": (str, "text"),
+    "registered_model_name": (str, "text"),
+    "alias": (str, "text"),
+    "params": (Mapping, "a dict"),
+    "tags": (Mapping, "a dict"),
+    "model_type": (str, "text"),
+    "step": (int, "a whole number"),
+    "run_id": (str, "text"),
+    "prompts": (list | tuple, "a list"),
+    "await_registration_for": (int, "a whole number of seconds"),
+}
+
+
+def _check_types(entry: Entry) -> None:
+    for name, (kind, words) in _TYPES.items():
+        value = getattr(entry, name)
+        missing = value is None and name not in ("name", "step")
+        if not missing and (not isinstance(value, kind) or (isinstance(value, bool) and kind is int)):
+            raise BuildError(f"the argument {name} is {shorten(value)}; it must be {words}")
+    for prompt in entry.prompts or ():
+        if not isinstance(prompt, str | PromptVersion):
+            raise BuildError(f"the argument prompts has {shorten(prompt)}; each must be an MLflow prompt or its URI")
 
 
 def log(plan: Plan, entry: Entry) -> ModelInfo:
