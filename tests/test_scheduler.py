@@ -850,6 +850,25 @@ def test_waiting_jobs_are_looked_through_while_others_come(start):
     assert idle(scheduler)
 
 
+def test_the_queue_is_looked_at_with_the_lock_in_hand(start):
+    """Else another thread changes it meanwhile, which is an error that ends everybody's answers."""
+    scheduler = start(FakeDecoder(on_call=lambda name, slot, ids: time.sleep(0.001)), queue_timeout=0.1)
+    held = []
+
+    class Watched(Queue):
+        @property
+        def unbegun(self):
+            held.append(scheduler._wake._is_owned())
+            return super().unbegun
+
+    scheduler._waiting.__class__ = Watched
+    asked = [ask(scheduler, [5], 500) for _ in range(4)]
+    results = [one.result() for one in asked]
+    assert any(isinstance(result, Busy) for result in results)
+    assert len(held) > 4
+    assert all(held)
+
+
 @pytest.mark.parametrize(("renew", "after"), [(False, 0.0), (True, None)])
 def test_idle_time_is_spent_on_nothing_that_has_no_next_turn_or_where_it_is_switched_off(start, renew, after):
     scheduler = start(FakeDecoder(), renew_after=after)

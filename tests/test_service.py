@@ -89,6 +89,17 @@ def test_each_token_of_an_answer_has_its_log_probability_and_the_likeliest_ones_
     assert [told.top for told in answer(service, chat("one", logprobs=True)).choices[0].logprobs] == [(), (), ()]
 
 
+def test_tokens_behind_bytes_that_never_became_a_character_begin_where_their_text_does(load):
+    ids = [IDS["<0xF0>"], IDS["<0x9F>"], *spell("yes"), IDS["<0xE2>"], *spell("no"), IDS["<0xC3>"]]
+    choice = answer(load(lambda prompt: ids), chat("one", logprobs=True)).choices[0]
+    assert choice.text == "\ufffd yes\ufffd no\ufffd"
+    starts = [told.start for told in choice.logprobs]
+    assert [starts[0], starts[1]] == [0, 0]
+    for told in choice.logprobs:
+        word = told.token.decode(errors="replace")
+        assert choice.text[told.start :].startswith(word[:1] if "\ufffd" in word else word)
+
+
 def test_pieces_carry_the_log_probabilities_of_the_tokens_whose_text_they_begin(load):
     service = load(says("yes hello, é"))
     run = service.run(service.prepare(chat("one", logprobs=True, stop=("lo!",))))

@@ -433,6 +433,45 @@ def test_broken_bytes_become_replacement_characters():
     assert TOKENS.decode([IDS["<0xFF>"], IDS["a"]]) == "\ufffda"
 
 
+def places(content: bytes) -> list[int]:
+    """For each byte of a text in which some became no character, the character that it is part of."""
+    found, at = [], 0
+    while at < len(content):
+        for size in range(1, 5):
+            try:
+                content[at : at + size].decode()
+                break
+            except UnicodeDecodeError as error:
+                if at + size >= len(content) or error.reason != "unexpected end of data":
+                    size = error.end - error.start
+                    break
+        found += [found[-1] + 1 if found else 0] * size
+        at += size
+    return found
+
+
+@given(st.lists(st.sampled_from([*"aé\U0001f999", *range(0x7E, 0x100)]), min_size=1, max_size=12))
+@example([0xE2, "a"])
+@example([0xF0, 0x9F, 0xF0, 0x9F, 0xA6, 0x99, "a"])
+@example([0xF0, 0x9F, 0xA6])
+@example([0xED, 0xA0])
+@example([0xED, 0xA0, 0x80, "a"])
+@example([0xF4, 0x90, 0x80, 0x80])
+@example([0x80, 0xE2, 0x82, 0xE2, 0x82, 0xAC])
+def test_a_token_behind_bytes_that_never_became_a_character_begins_where_its_text_does(parts):
+    """What text_offset is: the character that a token's first byte is part of."""
+    content = [part.encode() if isinstance(part, str) else bytes([part]) for part in parts]
+    ids = [IDS[f"<0x{byte:02X}>"] for byte in b"".join(content)]
+    decoder, text, starts = TOKENS.decoder(strip=False), "", []
+    for token in ids:
+        written = decoder.step(token)
+        starts.append(len(text) + decoder.carried)
+        text += written
+    text += decoder.flush()
+    assert text == b"".join(content).decode(errors="replace")
+    assert starts == places(b"".join(content))
+
+
 def test_the_one_space_before_the_first_word_is_dropped_unless_asked_for():
     space, hello = IDS["\u2581"], IDS["\u2581hello"]
     for ids, stripped, kept in [

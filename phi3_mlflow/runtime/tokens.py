@@ -225,7 +225,7 @@ class TextDecoder:
         """The text that this token completes, often a word, sometimes nothing."""
         piece, self._stripped = self._pieces[token], self._strip
         held = self._utf8.getstate()[0]
-        self.carried = int(bool(held and piece) and _breaks_off(held + piece[:1]))
+        self.carried = _carried(held, piece) if held and piece else 0
         return self._trim(self._utf8.decode(piece))
 
     def flush(self) -> str:
@@ -240,13 +240,10 @@ class TextDecoder:
         return text[spaces:]
 
 
-def _breaks_off(beginning: bytes) -> bool:
-    """Whether the last byte does not go on with the character that those before it begin: U+FFFD stands for them."""
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(beginning)
-    except UnicodeDecodeError:
-        return True
-    return False
+def _carried(held: bytes, piece: bytes) -> int:
+    """How many characters the bytes held back stand for alone; 0 where the next byte goes on with them."""
+    alone = len(held.decode("utf-8", "replace"))
+    return alone if len((held + piece[:1]).decode("utf-8", "replace")) > alone else 0
 
 
 def _inexpressible(roles: Sequence[str], wrong: int, reason: str = "") -> InvalidRequest:
