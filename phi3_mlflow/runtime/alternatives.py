@@ -225,6 +225,8 @@ class Logic:
         return False
 
 
+# Characters of texts that `not` excludes: each is a level of an expression.
+MAX_EXCLUDED, MAX_EXCLUDED_TOGETHER = 200, 20_000
 _SAID = {"patterns": "pattern", "dependent": "dependencies"}
 _COUNTS = {
     "minLength": ("string", "maxLength", -1),
@@ -244,6 +246,12 @@ def _other_values(node: Node, values: list[Any], within: frozenset[str]) -> Iter
     if kinds.keys() & {"object", "array"}:
         raise Inexact(node.at, "only texts, numbers, true, false and null can be excluded")
     if "string" in kinds:
+        sizes = [len(text) for text in kinds["string"]]
+        if max(sizes) > MAX_EXCLUDED or sum(sizes) > MAX_EXCLUDED_TOGETHER:
+            raise Inexact(
+                node.at,
+                f"texts of at most {MAX_EXCLUDED} characters, {MAX_EXCLUDED_TOGETHER} together, can be excluded",
+            )
         yield _typed(node, "string", patterns=[none_of(kinds["string"])])
     if "boolean" in kinds and len(set(kinds["boolean"])) == 1:
         yield Node(node.at, node.base, {"enum": [not kinds["boolean"][0]]})

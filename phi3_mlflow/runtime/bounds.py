@@ -23,6 +23,7 @@ LIMITS = {
     "values as `enum` or `const`": 30_000,
     "parts of objects and arrays as `enum` or `const`": 5_000,
     # Compiling an object takes time by the square of its properties, and more by that of its patterns.
+    "counts of items (`minItems`, `maxItems`)": 300,
     "pairs of properties of one object": 1_000_000,
     "pairs of patterns of one object": 4_000,
 }
@@ -117,6 +118,7 @@ class _Cost:
             bool(schema.keys() & {"minLength", "maxLength"}) + bool(schema.keys() & {"minimum", "maximum"}),
             len(values),
             sum(_values(value) for value in values if isinstance(value, (dict, list))),
+            bool(schema.keys() & {"minItems", "maxItems"}),
             names**2,
             patterns**2,
         )

@@ -19,6 +19,7 @@ from .rewriting import Rewriter
 MAX_CHARACTERS = 1_000_000
 MAX_DEPTH = 32
 MAX_COUNT = 1_000_000
+MAX_TEXT = 100_000  # characters of one name, or of one text in `enum` or `const`
 MAX_MULTIPLE = 10_000
 
 ALL_FORMATS = (*sorted({*FORMATS, *BUILT_IN}), *keywords.UNENFORCED_FORMATS)
@@ -261,12 +262,16 @@ class _Reader:
         node.choose(values)
 
     def _writable(self, values: Any, at: str) -> None:
-        """Refuse control characters that llguidance writes as \\u and a number; answers do without those escapes."""
+        """Refuse texts that are too long, and control characters, which llguidance writes as escapes with \\u."""
         level = [values]
         while level:
             for value in level:
                 texts = value if isinstance(value, dict) else [value]
                 for text in texts:
+                    if isinstance(text, str) and len(text) > MAX_TEXT:
+                        raise self.error(
+                            at, f"has a text of {len(text)} characters; at most {MAX_TEXT} can be enforced"
+                        )
                     if isinstance(text, str) and not text.isprintable() and any(_control(char) for char in text):
                         raise self.error(at, f"has a control character, which no answer can contain: {shorten(text)}")
             level = [child for value in level for child in _children(value)]
