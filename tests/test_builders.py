@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 from mlflow.models import Model
 
-from phi3_mlflow import runtime
+from phi3_mlflow import cards, runtime
 from phi3_mlflow.builders import common, onnx, transformers
 from phi3_mlflow.runtime import manifest
 from phi3_mlflow.runtime.errors import FormatError, InvalidRequest, WeightsError
@@ -107,6 +107,17 @@ def test_the_weights_have_a_source_a_licence_and_a_digest(saved, builder):
     assert [file for file in path.rglob("LICENSE*") if "MIT" in file.read_text("utf-8")]
     listed = json.loads((folder / "manifest.json").read_text("utf-8"))["files"]
     assert str((path / WEIGHT_FILES[builder]).relative_to(folder)) in listed
+
+
+def test_the_facts_that_a_page_shows_are_those_of_the_files(saved, builder):
+    found = cards.facts(saved[builder])
+
+    assert found["builder"] == builder
+    assert found["quantization"] == {"transformers": "float32", "onnx": "int4, block 32, accuracy level 4"}[builder]
+    assert ("version torch" in found) == (builder == "transformers")
+    assert set(found) <= set(cards.NAMES)
+    assert "commit" not in cards.card(found, 0)
+    assert "at commit `f39ac1d`" in cards.card({**found, "weights_revision": "f39ac1d"}, 0)
 
 
 def test_one_changed_byte_in_the_weights_is_refused_with_the_files_name(saved, builder, tmp_path):

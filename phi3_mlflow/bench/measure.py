@@ -19,6 +19,7 @@ from typing import Any
 import mlflow
 from tqdm import tqdm
 
+from phi3_mlflow import cards
 from phi3_mlflow.bench.report import figure, log_run
 from phi3_mlflow.bench.requests import Answer, Requests, Subject, subject
 from phi3_mlflow.machine import forget_peak, machine, peak
@@ -174,7 +175,7 @@ def run(
         plan: what to measure.
         parallel: takes the place of the model's own setting.
         plot: a PNG file to write.
-        log: make an MLflow run of it.
+        log: make an MLflow run of it, linked with the logged model where the tracking store has it.
 
     Returns:
         What `measure` gives, with `model`, `machine`, `versions`, `settings`, `memory` and, if it was logged,
@@ -222,6 +223,7 @@ def run(
         if plot is not None:
             figure(result).savefig(plot)
         if active is not None:
-            log_run(result)
+            model_id = found.model.model_id
+            log_run(result, model_id if cards.known(model_id) else None)
             result["run_id"] = active.info.run_id
     return result

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlflow
 
+from phi3_mlflow import cards
 from phi3_mlflow.machine import line
 
 if TYPE_CHECKING:
@@ -103,8 +104,13 @@ def figure(result: Mapping[str, Any]) -> "Figure":
     return plot
 
 
-def log_run(result: Mapping[str, Any]) -> None:
-    """Puts the result into the active MLflow run: params, metrics (one step for each concurrency), plot and table."""
+def log_run(result: Mapping[str, Any], model_id: str | None = None) -> None:
+    """Puts the result into the active MLflow run: params, metrics (one step for each concurrency), plot and table.
+
+    Args:
+        result: what was measured.
+        model_id: the logged model whose page gets the metrics too, and whose registered versions the table.
+    """
     facts = {
         "machine": line(result["machine"]),
         **{f"version {name}": text for name, text in result["versions"].items()},
@@ -114,15 +120,17 @@ def log_run(result: Mapping[str, Any]) -> None:
     )
     for row in result["concurrency"]:
         numbers = {name: value for name, value in row.items() if name != "requests" and value is not None}
-        mlflow.log_metrics(numbers, step=row["requests"])
+        mlflow.log_metrics(numbers, step=row["requests"], model_id=model_id)
     prefixes = {
         f"prefix_{name}_{key}": value for name, case in _cases(result["prefix"]).items() for key, value in case.items()
     }
     memory = {f"memory_{name}": value for name, value in result["memory"].items() if value is not None}
-    mlflow.log_metrics({**prefixes, **memory})
+    mlflow.log_metrics({**prefixes, **memory}, model_id=model_id)
     mlflow.log_figure(figure(result), "bench.png")
     mlflow.log_text(table(result) + "\n", "bench.md")
     mlflow.log_dict(dict(result), "bench.json")
+    if model_id is not None:
+        cards.note(model_id, table(result))
 
 
 def _cases(prefix: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -15,6 +15,7 @@ from mlflow.entities.model_registry import PromptVersion
 from mlflow.models import Model
 from mlflow.models.model import ModelInfo
 
+from phi3_mlflow import cards
 from phi3_mlflow.runtime.errors import shorten
 from phi3_mlflow.weights import Source, Weights
 
@@ -83,6 +84,8 @@ def check(*models: tuple[Plan, Entry]) -> None:
     for _, entry in models:
         _check_types(entry)
         destination.check_names(entry.name, entry.registered_model_name, entry.alias)
+        if taken := [name for name in entry.params or () if name in cards.NAMES]:
+            raise BuildError(f"params has {taken[0]!r}, which the builders write themselves; choose another name")
     destination.check_stores(registry=any(entry.registered_model_name for _, entry in models))
     folders = []
     for _, entry in models:
@@ -119,7 +122,9 @@ def _check_types(entry: Entry) -> None:
 
 
 def log(plan: Plan, entry: Entry) -> ModelInfo:
-    """Logs a model, and registers it where the entry has a name for that.
+    """Logs a model, and registers it where the entry has a name for that. The alias is set last.
+
+    The model's page gets its facts as params and tags, and the registered version a card as its description.
 
     Returns:
         MLflow's description.
@@ -131,10 +136,18 @@ def log(plan: Plan, entry: Entry) -> ModelInfo:
     check((plan, entry))
     write = plan.prepare(plan.source.fetch())
     made: list[Model] = []
+    facts: dict[str, str] = {}
+    client = mlflow.MlflowClient()
 
     def save_model(path: str, mlflow_model: Model, **_: Any) -> None:
         made.append(mlflow_model)
         write(Path(path), mlflow_model, True)
+        facts.update(cards.facts(Path(path)))
+        model_id = str(mlflow_model.model_id)
+        # MLflow has copied the params of the run there already.
+        present = client.get_logged_model(model_id).params
+        client.log_model_params(model_id, {name: text for name, text in facts.items() if name not in present})
+        client.set_logged_model_tags(model_id, cards.tags(facts))
 
     with quiet_mlflow(), destination.removed_on_failure(partial(destination.folder_of, made)):
         info = Model.log(
@@ -153,9 +166,13 @@ def log(plan: Plan, entry: Entry) -> ModelInfo:
             model_config=dict(plan.model_config or {}),
             validate_serving_input=False,
         )
-    if entry.alias is not None:
-        version = str(info.registered_model_version)
-        mlflow.MlflowClient().set_registered_model_alias(str(entry.registered_model_name), entry.alias, version)
+    if entry.registered_model_name is not None:
+        name, version = entry.registered_model_name, str(info.registered_model_version)
+        for key, text in cards.tags(facts).items():
+            client.set_model_version_tag(name, version, key, text)
+        client.update_model_version(name, version, cards.card(facts, int(made[0].model_size_bytes or 0)))
+        if entry.alias is not None:
+            client.set_registered_model_alias(name, entry.alias, version)
     return info
 
 

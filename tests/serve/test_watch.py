@@ -6,21 +6,14 @@ Run: pytest tests/serve/test_watch.py
 import asyncio
 import json
 import logging
-import os
 import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlflow
 import pytest
 from logged import MADRID, SPAIN, Slow, answer, ask, damaged, logged, point, register, until
 from mlflow.tracking import MlflowClient
+from stores import server
 
 from phi3_mlflow.builders import onnx
 from phi3_mlflow.serve import watch as watch_module
@@ -278,38 +271,6 @@ def test_an_alias_that_is_gone_for_a_while_is_told_once_and_disturbs_nobody(capl
     assert len(lines(caplog, "answers again")) == 1
 
 
-@contextmanager
-def server(folder: Path) -> Iterator[tuple[str, subprocess.Popen]]:
-    """MLflow's tracking server, which keeps the artifacts too: its address and its process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # What `mlflow server` hands to its workers, of which one is enough.
-    environment = {
-        "_MLFLOW_SERVER_FILE_STORE": f"sqlite:///{folder / 'server.db'}",
-        "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(folder / "artifacts"),
-        "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
-        "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
-    }
-    code = "from mlflow.server import app; from werkzeug import run_simple; "
-    code += f"run_simple('127.0.0.1', {port}, app, threaded=True)"
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log, env=os.environ | environment)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        end = time.monotonic() + 180
-        while True:
-            assert process.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < end
-            with suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=10):
-                break
-            time.sleep(0.1)
-        yield address, process
-    finally:
-        process.kill()
-        process.wait()
-
-
 def test_a_registry_that_does_not_answer_is_told_once_and_disturbs_nobody(tmp_path, monkeypatch, caplog, tracking):
     monkeypatch.setattr(watch_module, "SLOW", 5)
     monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -329,7 +290,7 @@ def test_a_registry_that_does_not_answer_is_told_once_and_disturbs_nobody(tmp_pa
         await models.close(10)
         return len(downloads), text
 
-    with server(tmp_path) as (address, process):
+    with server(tmp_path, f"sqlite:///{tmp_path / 'server.db'}") as (address, process):
         try:
             mlflow.set_tracking_uri(address)
             mlflow.set_experiment("Default")
