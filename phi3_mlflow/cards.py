@@ -102,19 +102,6 @@ def card(found: Mapping[str, str], size: int) -> str:
     )
 
 
-def known(model_id: str | None) -> bool:
-    """Whether the tracking store has a logged model of this id, so that metrics can be linked with it."""
-    if model_id is None:
-        return False
-    try:
-        mlflow.MlflowClient().get_logged_model(model_id)
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return False
-        raise
-    return True
-
-
 def note(model_id: str, numbers: str) -> list[ModelVersion]:
     """Writes measured numbers into the description of each registered version of a logged model.
 

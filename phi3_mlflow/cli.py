@@ -18,7 +18,13 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 # Verbs that have a package of their own, with a module `cli` in it.
-_ELSEWHERE = {"azure": "azure", "chat": "chat", "containerize": "containers", "serve": "serve"}
+_ELSEWHERE = {
+    "azure": "azure",
+    "chat": "chat",
+    "compare": "compare",
+    "containerize": "containers",
+    "serve": "serve",
+}
 
 
 class _Group(click.Group):

@@ -1,4 +1,4 @@
-"""The README's code runs as it stands there: evaluation, tracing, Spark, and an answer without MLflow.
+"""The documentation's code runs as it stands: evaluation, comparison, tracing, Spark, and an answer without MLflow.
 
 Run with: python -m pytest tests/test_recipes.py
 """
@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlflow
 import pytest
 
 from phi3_mlflow.builders import onnx
@@ -18,20 +19,20 @@ ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 300  # Spark on two busy cores
 
 
-def blocks(heading: str) -> list[str]:
-    """The Python code below a heading of the README."""
-    chapter = re.search(rf"^{re.escape(heading)}\n(.*?)(?=^#+ |\Z)", without_code_comments(), re.M | re.S)
+def blocks(heading: str, language: str = "python", file: str = "README.md") -> list[str]:
+    """The code below a heading."""
+    chapter = re.search(rf"^{re.escape(heading)}\n(.*?)(?=^#+ |\Z)", without_code_comments(file), re.M | re.S)
     assert chapter, heading
-    return [code.replace("\0", "#") for code in re.findall(r"^```python\n(.*?)^```", chapter[1], re.M | re.S)]
+    return [code.replace("\0", "#") for code in re.findall(rf"^```{language}\n(.*?)^```", chapter[1], re.M | re.S)]
 
 
-def without_code_comments() -> str:
-    """The README with the `#` of its code replaced, since it begins headings elsewhere."""
-    text = (ROOT / "README.md").read_text("utf-8")
+def without_code_comments(file: str) -> str:
+    """A document with the `#` of its code replaced, since it begins headings elsewhere."""
+    text = (ROOT / file).read_text("utf-8")
     return re.sub(r"^```.*?^```", lambda block: block[0].replace("#", "\0"), text, flags=re.M | re.S)
 
 
-def run(code: str, folder: Path) -> str:
+def run(code: str, folder: Path, program: tuple[str, ...] = (sys.executable, "-c")) -> str:
     """What code prints in a process of its own, where the embedded model lies as in a checkout."""
     (folder / "artifacts").symlink_to(ROOT / "artifacts")
     variables = {
@@ -41,9 +42,7 @@ def run(code: str, folder: Path) -> str:
         "SPARK_LOCAL_IP": "127.0.0.1",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=variables, capture_output=True, text=True, timeout=PATIENCE
-    )
+    done = subprocess.run([*program, code], cwd=folder, env=variables, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -67,6 +66,22 @@ def test_evaluation_scores_the_models_answers(registered, tmp_path):
     printed = run(code + after, tmp_path)
     assert re.search(r"'right/mean': (np\.float64\()?1\.0", printed)
     assert "['right/mean']" in printed  # on the model's page
+
+
+def test_a_candidate_that_is_equal_gets_the_champions_alias(registered, tmp_path):
+    [code] = blocks("### Compare", "bash")
+    printed = run(code, tmp_path, ("bash", "-ec"))
+    assert "the alias champion of phi3 means version 2 (was version 1)" in printed
+    assert mlflow.MlflowClient().get_model_version_by_alias("phi3", "champion").version == "2"
+
+
+def test_both_builders_models_are_compared_on_the_command_line_and_in_python(registered, tmp_path):
+    [start] = blocks("# Comparing models, and a gate before an alias", "bash", "docs/compare.md")
+    [code] = blocks("## Questions", "python", "docs/compare.md")
+    log, _ = start.splitlines()  # the other one is the gate's, with other models
+    run(log, tmp_path, ("bash", "-ec"))
+    (tmp_path / "artifacts").unlink()
+    assert run(code, tmp_path).strip() == "[1.0, 1.0] 1.0"
 
 
 def test_tracing_shows_the_tokens_on_the_models_page(registered, tmp_path):

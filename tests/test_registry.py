@@ -15,6 +15,8 @@ from stores import postgresql, server
 from phi3_mlflow import cards
 from phi3_mlflow.builders import common, onnx
 from phi3_mlflow.cli import cli
+from phi3_mlflow.compare import questions
+from phi3_mlflow.tracking import known
 
 BENCH = ["--prompt-tokens", "16", "--tokens", "2", "--concurrency", "1", "--rounds", "1", "--prefix", "16", "--log"]
 
@@ -83,6 +85,26 @@ def test_a_logged_model_shows_its_facts_its_version_a_card_and_a_measurement_its
     assert measured.endswith(result.stdout.rpartition("\n\nrun ")[0])
 
 
+def test_a_comparison_is_logged_and_its_gate_moves_the_alias(store, tmp_path):
+    name = f"gated-{store}"
+    ids = [onnx.log_model(registered_model_name=name, alias=alias).model_id for alias in ("champion", None)]
+    rows = questions.EMBEDDED.read_text("utf-8").splitlines(keepends=True)[:3]
+    (tmp_path / "three.jsonl").write_text("".join(rows), "utf-8")
+    asked = ["--questions", str(tmp_path / "three.jsonl"), "--gate", "champion", "--margin", "0.5"]
+
+    result = CliRunner().invoke(cli, ["compare", f"models:/{name}@champion", f"models:/{name}/2", *asked])
+
+    assert result.exit_code == 0, result.output
+    client = mlflow.MlflowClient()
+    assert str(client.get_model_version_by_alias(name, "champion").version) == "2"
+    run = client.get_run(result.stdout.splitlines()[-1].removeprefix("run "))
+    assert {each.model_id for each in run.inputs.model_inputs} == set(ids)
+    assert "drift" in mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/compare.md")
+    for model_id in ids:
+        metrics = {metric.key: metric.value for metric in client.get_logged_model(model_id).metrics}
+        assert metrics["right"] == metrics["contains/mean"] == 1
+
+
 def test_params_of_the_run_do_not_get_in_the_way_and_own_ones_may_not(store):
     with mlflow.start_run():
         mlflow.log_param("task", "mine")
@@ -109,5 +131,5 @@ def test_a_description_of_somebody_else_is_left_alone(store):
 
 
 def test_a_model_that_the_store_does_not_have_is_not_known(store):
-    assert not cards.known("m-" + "0" * 32)
-    assert not cards.known(None)
+    assert not known("m-" + "0" * 32)
+    assert not known(None)

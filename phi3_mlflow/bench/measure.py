@@ -19,7 +19,7 @@ from typing import Any
 import mlflow
 from tqdm import tqdm
 
-from phi3_mlflow import cards
+from phi3_mlflow import tracking
 from phi3_mlflow.bench.report import figure, log_run
 from phi3_mlflow.bench.requests import Answer, Requests, Subject, subject
 from phi3_mlflow.machine import forget_peak, machine, peak
@@ -190,7 +190,7 @@ def run(
         _check_plot(plot)
     if log:
         # A store that cannot be reached should not cost the numbers, nor the client's own memory be the model's.
-        mlflow.MlflowClient().search_experiments(max_results=1)
+        tracking.check()
     with ExitStack() as stack:
         found, memory = stack.enter_context(subject(model_uri, parallel))
         check(plan, found)
@@ -224,6 +224,6 @@ def run(
             figure(result).savefig(plot)
         if active is not None:
             model_id = found.model.model_id
-            log_run(result, model_id if cards.known(model_id) else None)
+            log_run(result, model_id if tracking.known(model_id) else None)
             result["run_id"] = active.info.run_id
     return result

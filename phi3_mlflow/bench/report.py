@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Any
 import mlflow
 
 from phi3_mlflow import cards
+from phi3_mlflow.layout import BLUE, GREY, ORANGE, markdown, name_axes, short, size, time
 from phi3_mlflow.machine import line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_BLUE, _ORANGE, _GREY = "#2f6fb0", "#d9822b", "#5c6670"
-_LEAST = 0.01  # milliseconds; a small model's tokens may come in one burst
 _HEADROOM = 1.2  # above the highest bar, for numbers and the legend
 _MEMORY = {"before_loading_bytes": "before loading", "after_loading_bytes": "after loading", "peak_bytes": "at most"}
 
@@ -25,25 +24,23 @@ def table(result: Mapping[str, Any]) -> str:
         [
             str(row["requests"]),
             f"{row['tokens_per_second']:.1f}",
-            _time(row["first_token_ms"]),
-            _time(row["first_token_worst_ms"]),
-            _time(row["per_token_ms"]),
+            time(row["first_token_ms"]),
+            time(row["first_token_worst_ms"]),
+            time(row["per_token_ms"]),
         ]
         for row in result["concurrency"]
     ]
     prefixes = [
-        [f"{settings['prefix']} shared tokens {name}", _time(case["first_token_ms"]), f"{case['cached_tokens']:g}"]
+        [f"{settings['prefix']} shared tokens {name}", time(case["first_token_ms"]), f"{case['cached_tokens']:g}"]
         for name, case in _cases(prefix).items()
     ]
     parts = [
         describe(result),
         f"Prompts of {result['concurrency'][0]['prompt_tokens']} tokens, answers of {settings['tokens']}, medians of "
         f"{settings['rounds']} round{'' if settings['rounds'] == 1 else 's'}:",
-        _markdown(["requests at once", "tokens/s in all", "first token", "worst", "per token"], requests),
-        _markdown([f"prompt of {prefix['prompt_tokens']} tokens", "first token", "tokens cached"], prefixes),
-        _markdown(
-            ["memory", "of the process"], [[text, _size(result["memory"][key])] for key, text in _MEMORY.items()]
-        ),
+        markdown(["requests at once", "tokens/s in all", "first token", "worst", "per token"], requests),
+        markdown([f"prompt of {prefix['prompt_tokens']} tokens", "first token", "tokens cached"], prefixes),
+        markdown(["memory", "of the process"], [[text, size(result["memory"][key])] for key, text in _MEMORY.items()]),
     ]
     return "\n\n".join(parts)
 
@@ -68,39 +65,41 @@ def figure(result: Mapping[str, Any]) -> "Figure":
 
     names = [str(row["requests"]) for row in rows]
     speeds = [row["tokens_per_second"] for row in rows]
-    rates.plot(names, speeds, color=_BLUE, marker="o", linewidth=2)
+    rates.plot(names, speeds, color=BLUE, marker="o", linewidth=2)
     for name, speed in zip(names, speeds, strict=True):
         background = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         rates.annotate(
-            _short(speed), (name, speed), (0, 9), textcoords="offset points", ha="center", color=_GREY, bbox=background
+            short(speed), (name, speed), (0, 9), textcoords="offset points", ha="center", color=GREY, bbox=background
         )
     rates.margins(x=0.12)
     rates.set_ylim(0, max(speeds) * _HEADROOM)
     prompt = rows[0]["prompt_tokens"]
-    _label(rates, "Throughput", "requests at once", f"tokens/s in all (prompt {prompt}, answer {settings['tokens']})")
+    name_axes(
+        rates, "Throughput", "requests at once", f"tokens/s in all (prompt {prompt}, answer {settings['tokens']})"
+    )
 
     scale, unit = _unit([row["first_token_worst_ms"] for row in rows])
     width = 0.4
     for shift, key, label, colour in (
-        (-width / 2, "first_token_ms", "median", _BLUE),
-        (width / 2, "first_token_worst_ms", "worst", _ORANGE),
+        (-width / 2, "first_token_ms", "median", BLUE),
+        (width / 2, "first_token_worst_ms", "worst", ORANGE),
     ):
         places = [place + shift for place in range(len(rows))]
         _bars(firsts, places, [row[key] / scale for row in rows], colour, width, label)
     firsts.set_xticks(range(len(rows)), names)
     firsts.set_ylim(0, firsts.get_ylim()[1] * 1.08)
     firsts.legend(frameon=False, loc="upper left", ncols=2)
-    _label(firsts, "First token", "requests at once", f"time to first token ({unit})")
+    name_axes(firsts, "First token", "requests at once", f"time to first token ({unit})")
 
     cases = _cases(prefix)
     scale, unit = _unit([case["first_token_ms"] for case in cases.values()])
     times = [case["first_token_ms"] / scale for case in cases.values()]
-    _bars(prefixes, range(len(times)), times, [_GREY, _BLUE], 0.55)
+    _bars(prefixes, range(len(times)), times, [GREY, BLUE], 0.55)
     labels = [f"prefix {name}\n{case['cached_tokens']:g} cached" for name, case in cases.items()]
     prefixes.set_xticks(range(len(times)), labels)
-    _label(prefixes, "Shared prefix", f"prompt of {prefix['prompt_tokens']} tokens", f"time to first token ({unit})")
+    name_axes(prefixes, "Shared prefix", f"prompt of {prefix['prompt_tokens']} tokens", f"time to first token ({unit})")
 
-    plot.supxlabel(f"{line(result['machine'])}; {_versions(result)}", fontsize=8, color=_GREY)
+    plot.supxlabel(f"{line(result['machine'])}; {_versions(result)}", fontsize=8, color=GREY)
     return plot
 
 
@@ -138,43 +137,12 @@ def _cases(prefix: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {name: case for name, case in prefix.items() if isinstance(case, Mapping)}
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(pairs)) + " |"
-        for pairs in ([*zip(row, widths, strict=True)] for row in (header, *rows))
-    ]
-    rule = "|" + "|".join("-" * (width + 1) + (":" if i else "-") for i, width in enumerate(widths)) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
 def _versions(result: Mapping[str, Any]) -> str:
     return ", ".join(f"{package} {number}" for package, number in result["versions"].items())
 
 
-def _time(milliseconds: float | None) -> str:
-    if milliseconds is None:
-        return "-"
-    if milliseconds < _LEAST:
-        return f"<{_LEAST} ms"
-    if milliseconds >= 1000:
-        return f"{milliseconds / 1000:.2f} s"
-    return f"{milliseconds:.{0 if milliseconds >= 100 else 1 if milliseconds >= 10 else 2}f} ms"
-
-
 def _unit(milliseconds: Sequence[float]) -> tuple[float, str]:
     return (1000.0, "s") if max(milliseconds) >= 2000 else (1.0, "ms")
-
-
-def _size(amount: int | None) -> str:
-    if amount is None:
-        return "unknown"
-    return f"{amount / 2**30:.1f} GiB" if amount >= 2**30 else f"{amount / 2**20:.0f} MiB"
-
-
-def _short(number: float) -> str:
-    """Three digits, or all before the point; two below 1."""
-    return f"{number:.0f}" if number >= 100 else f"{number:.3g}" if number >= 1 else f"{number:.2g}"
 
 
 def _bars(
@@ -182,15 +150,6 @@ def _bars(
 ) -> None:
     bars = axes.bar(places, heights, color=colour, width=width, label=label)
     axes.bar_label(
-        bars, [_short(height) for height in heights], padding=3, fontsize=9 if len(heights) <= 5 else 6, color=_GREY
+        bars, [short(height) for height in heights], padding=3, fontsize=9 if len(heights) <= 5 else 6, color=GREY
     )
     axes.set_ylim(0, max(axes.get_ylim()[1], max(heights) * _HEADROOM))
-
-
-def _label(axes: "Axes", title: str, x: str, y: str) -> None:
-    axes.set_title(title, fontsize=11)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(axis="y", color="#d8dde2", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
