@@ -75,7 +75,7 @@ def test_the_numbers_are_those_of_both_models_and_their_run_is_linked_with_them(
     assert (reference["model"], other["loaded"], found["questions"]) == (f"{NAME}/1", versions[1], 7)
     assert reference["right"]["value"] == pytest.approx(6 / 7)
     assert reference["right"]["low"] < 0.7 < 1 > reference["right"]["high"]
-    assert (other["scores"]["regex"]["value"], other["scores"]["contains"]["asked"]) == (0, 6)
+    assert (other["scores"]["matched"]["value"], other["scores"]["contained"]["asked"]) == (0, 6)
     assert other["agreement"]["same"]["value"] == 1
     assert other["agreement"]["drift"]["high"] == 0
     assert reference["agreement"] is None
@@ -98,12 +98,12 @@ def test_the_numbers_are_those_of_both_models_and_their_run_is_linked_with_them(
     children = client.search_runs([run.info.experiment_id], f"tags.mlflow.parentRunId = '{run.info.run_id}'")
     assert {child.info.run_name for child in children} == {f"{NAME}/1", f"{NAME}/2"}
     for child in children:
-        assert child.data.metrics["contains/mean"] == 1
+        assert child.data.metrics["contained/mean"] == 1
         traces = mlflow.search_traces(locations=[run.info.experiment_id], run_id=child.info.run_id, return_type="list")
         assert len(traces) == 7
     metrics = {metric.key: metric.value for metric in client.get_logged_model(other["model_id"]).metrics}
     assert metrics["right"] == pytest.approx(6 / 7)
-    assert {"tokens_per_second", "answer_ms", "drift", "same", "contains/mean", "size_bytes"} <= metrics.keys()
+    assert {"tokens_per_second", "answer_ms", "drift", "same", "contained/mean", "size_bytes"} <= metrics.keys()
 
 
 def test_the_table_has_a_line_for_each_number_and_a_gate_its_verdicts(versions, seven):
@@ -335,6 +335,7 @@ def test_the_embedded_questions_are_enough_for_the_gates_own_margin():
 
     assert sum(bool(question.expectations) for question in asked) >= least_questions(Bounds().margin)
     assert {name for question in asked for name in question.expectations} == set(questions.EXPECTATIONS)
+    assert not {each.name for each in scorers.SCORERS.values()} & set(questions.EXPECTATIONS)
 
 
 @pytest.mark.parametrize(

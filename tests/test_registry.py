@@ -102,7 +102,7 @@ def test_a_comparison_is_logged_and_its_gate_moves_the_alias(store, tmp_path):
     assert "drift" in mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/compare.md")
     for model_id in ids:
         metrics = {metric.key: metric.value for metric in client.get_logged_model(model_id).metrics}
-        assert metrics["right"] == metrics["contains/mean"] == 1
+        assert metrics["right"] == metrics["contained/mean"] == 1
 
 
 def test_params_of_the_run_do_not_get_in_the_way_and_own_ones_may_not(store):

@@ -85,12 +85,11 @@ def _quality(axes: "Axes", models: Sequence[Mapping[str, Any]], names: Sequence[
         return
     for model, name, colour in zip(models, names, colours, strict=True):
         right, rate = model["right"], model["tokens_per_second"]
-        x, y = rate["value"], 100 * right["value"]
         axes.errorbar(
-            x,
-            y,
-            xerr=[[x - rate["low"]], [rate["high"] - x]],
-            yerr=[[y - 100 * right["low"]], [100 * right["high"] - y]],
+            rate["value"],
+            100 * right["value"],
+            xerr=_reach(rate, 1),
+            yerr=_reach(right, 100),
             color=colour,
             marker="o",
             markersize=8,
@@ -101,6 +100,12 @@ def _quality(axes: "Axes", models: Sequence[Mapping[str, Any]], names: Sequence[
     axes.set_xlim(0, max(model["tokens_per_second"]["high"] for model in models) * 1.1)
     lowest = min(100 * model["right"]["low"] for model in models)
     axes.set_ylim(max(0, lowest - 8), 102)
+
+
+def _reach(estimate: Mapping[str, float], scale: float) -> list[list[float]]:
+    """How far an interval reaches to both sides of the value."""
+    value = estimate["value"]
+    return [[scale * max(0.0, value - estimate["low"])], [scale * max(0.0, estimate["high"] - value)]]
 
 
 def _latency(axes: "Axes", times: Sequence[Sequence[float]], names: Sequence[str], colours: Sequence[str]) -> None:

@@ -1,4 +1,7 @@
-"""Scorers of answers that need no judge, for `mlflow.genai.evaluate`. Each says nothing where nothing is expected."""
+"""Scorers of answers that need no judge, for `mlflow.genai.evaluate`. Each says nothing where nothing is expected.
+
+Their names are not those of the expectations: MLflow keeps both beside each other by their names.
+"""
 
 import json
 import re
@@ -26,7 +29,7 @@ def exact(outputs: str, expectations: Mapping[str, Any]) -> bool | None:
 
 
 @scorer
-def contains(outputs: str, expectations: Mapping[str, Any]) -> bool | None:
+def contained(outputs: str, expectations: Mapping[str, Any]) -> bool | None:
     """Whether the answer has every expected text in it, in whatever case."""
     expected = expectations.get("contains")
     if expected is None:
@@ -36,14 +39,14 @@ def contains(outputs: str, expectations: Mapping[str, Any]) -> bool | None:
 
 
 @scorer
-def regex(outputs: str, expectations: Mapping[str, Any]) -> bool | None:
+def matched(outputs: str, expectations: Mapping[str, Any]) -> bool | None:
     """Whether the expected pattern is found in the answer, by MLflow's RegexMatch."""
     expected = expectations.get("regex")
     return None if expected is None else _yes(RegexMatch(pattern=expected)(outputs=outputs))
 
 
-@scorer(name="json")
-def is_json(outputs: str, expectations: Mapping[str, Any]) -> bool | None:
+@scorer
+def valid_json(outputs: str, expectations: Mapping[str, Any]) -> bool | None:
     """Whether the answer is JSON, where it should be, and is none where it should not."""
     expected = expectations.get("json")
     if expected is None:
@@ -56,7 +59,7 @@ def is_json(outputs: str, expectations: Mapping[str, Any]) -> bool | None:
 
 
 @scorer
-def refusal(outputs: str, expectations: Mapping[str, Any]) -> bool | None:
+def refused(outputs: str, expectations: Mapping[str, Any]) -> bool | None:
     """Whether the answer declines where it should, and does not where it should not."""
     expected = expectations.get("refusal")
     return None if expected is None else bool(_REFUSAL.search(outputs)) == expected
@@ -71,10 +74,10 @@ def length(outputs: str, expectations: Mapping[str, Any]) -> bool | None:
 
 SCORERS: Mapping[str, Scorer] = {
     "expected_response": exact,
-    "contains": contains,
-    "regex": regex,
-    "json": is_json,
-    "refusal": refusal,
+    "contains": contained,
+    "regex": matched,
+    "json": valid_json,
+    "refusal": refused,
     "max_words": length,
 }
 

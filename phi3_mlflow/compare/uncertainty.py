@@ -43,7 +43,7 @@ def share_interval(hits: int, asked: int) -> tuple[float, float]:
     share, weight = hits / asked, z * z / asked
     middle = (share + weight / 2) / (1 + weight)
     half = z / (1 + weight) * sqrt(share * (1 - share) / asked + weight / (4 * asked))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))  # not beyond it by rounding
 
 
 def ratio(values: Any, axis: int | None = None) -> Any:
