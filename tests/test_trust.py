@@ -249,6 +249,7 @@ class TestGenaiConfig:
             ("model/decoder/num_key_value_heads", 7, "6"),
             ("model/decoder/head_size", 16, "32"),
             ("model/vocab_size", 999_999, "2112 logits"),
+            ("model/context_length", 4097, "4096 positions"),
             ("model/eos_token_id", 2112, "2112 logits"),
             ("model/eos_token_id", [5000, 6000], "2112 logits"),
             ("model/eos_token_id", -1, "2112 logits"),
@@ -420,6 +421,16 @@ class TestGraph:
         with pytest.raises(WeightsError, match="more than 1000 bytes of names"):
             check(model(graph([node("Add", "x" * 2000)])))
 
+    @pytest.mark.parametrize("sizes", [field(1, 300) + field(1, 48), field(1, protobuf.varint(300) + b"\x30")])
+    def test_the_positions_are_those_of_the_table_that_attention_reads(self, tmp_path, sizes):
+        inputs = ("q", "", "", "", "", "", "", "cos", "sin")
+        attention = node("GroupQueryAttention", *inputs, domain="com.microsoft", attributes=[
+            field(1, "num_heads") + field(3, 2)
+        ])  # fmt: skip
+        content = model(graph([attention], [sizes + field(2, 1) + field(8, "cos") + field(9, b"")]))
+        (tmp_path / "model.onnx").write_bytes(content)
+        assert onnx_graph.check(tmp_path / "model.onnx").positions == 300
+
     def test_weights_within_the_graph_are_not_read(self, check, tmp_path):
         weights = field(9, bytes(50 * files.MiB))
         content = model(graph([node("Add", "x", "w")], [field(1, 1) + field(2, 2) + field(8, "w") + weights]))
@@ -440,7 +451,7 @@ class TestGraph:
             )
             for value in (*proto.graph.input, *proto.graph.output)
         }
-        assert found.head_size == 32
+        assert (found.head_size, found.positions) == (32, 4096)
         assert {(node.domain, node.op_type) for node in proto.graph.node} <= {
             (domain, operator) for domain, operators in onnx_graph.OPERATORS.items() for operator in operators
         }

@@ -230,6 +230,8 @@ def check_fits(folder: Path, config: Mapping[str, Any], graph: Graph) -> None:
     ):
         if None not in (value, has) and value != has:
             refuse(f"model.decoder.{key}", value, str(has))
+    if graph.positions is not None and model["context_length"] > graph.positions:
+        refuse("model.context_length", model["context_length"], f"{graph.positions} positions")
     if logits and logits[-1] is not None:
         if model.get("vocab_size", logits[-1]) != logits[-1]:
             refuse("model.vocab_size", model["vocab_size"], f"{logits[-1]} logits")

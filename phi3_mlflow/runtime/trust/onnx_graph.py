@@ -40,7 +40,8 @@ _MOST_FIELDS, _MOST_TEXT = 1_000_000, 64 * files.MiB
 _MOST_DEPTH = 8  # of graphs in nodes; an If for the rotary caches is one
 
 # By message and field number: the name, and how the field is read. `skip` jumps over it; `number` and `text` come at
-# most once, `texts` more often; a message's name means one such part, with a star several; `refuse` may not be there.
+# most once, `texts` and `numbers` (also packed) more often; a message's name means one such part, with a star several;
+# `refuse` may not be there.
 _SKIP = ("", "skip")
 _FIELDS: dict[str, dict[int, tuple[str, str]]] = {
     "ModelProto": {
@@ -94,7 +95,8 @@ _FIELDS: dict[str, dict[int, tuple[str, str]]] = {
         23: ("sparse_tensors", "refuse"),
     },
     "TensorProto": {
-        **dict.fromkeys((1, 2, 4, 5, 6, 7, 9, 10, 11, 12, 16), _SKIP),
+        **dict.fromkeys((2, 4, 5, 6, 7, 9, 10, 11, 12, 16), _SKIP),
+        1: ("dims", "numbers"),
         3: ("segment", "refuse"),
         8: ("name", "text"),
         13: ("external_data", "StringStringEntryProto*"),
@@ -126,6 +128,8 @@ class _Found:
     shapes: dict[str, Shape] = field(default_factory=dict)
     heads: dict[str, int] = field(default_factory=dict)  # of attentions, by their outputs
     head_size: int | None = None
+    tables: set[str] = field(default_factory=set)  # of the angles of positions, by their names
+    positions: int | None = None
 
 
 @dataclass(frozen=True)
@@ -136,11 +140,13 @@ class Graph:
         files: those beside it that hold its weights, sorted.
         shapes: of its inputs and outputs, by their names.
         head_size: of its attention; None where the graph does not show it.
+        positions: for how many its attention has angles; None where the graph does not show it.
     """
 
     files: list[Path]
     shapes: Mapping[str, Shape]
     head_size: int | None
+    positions: int | None
 
 
 def check(path: Path) -> Graph:
@@ -175,7 +181,7 @@ def check(path: Path) -> Graph:
                 f"{path} wants {tensor.end} bytes of {tensor.location}, which has {sizes[tensor.location]}: copy or "
                 "download both again"
             )
-    return Graph([path.parent / name for name in sorted(sizes)], found.shapes, found.head_size)
+    return Graph([path.parent / name for name in sorted(sizes)], found.shapes, found.head_size, found.positions)
 
 
 class _Reader:
@@ -225,10 +231,10 @@ class _Reader:
                 raise self.broken("is cut off")
             if kind == "skip":
                 continue
-            if (wire == 0) != (kind == "number"):
+            if kind != "numbers" and (wire == 0) != (kind == "number"):
                 raise self.broken("is no ONNX graph")
             # Readers differ on what comes twice: the last one counts, or both are put together.
-            if kind != "texts" and not kind.endswith("*"):
+            if kind not in ("texts", "numbers") and not kind.endswith("*"):
                 if number in seen:
                     raise self.refused(f"has {name} in {message} twice")
                 seen.add(number)
@@ -240,6 +246,17 @@ class _Reader:
         if self._text > _MOST_TEXT:
             raise self.refused(f"has more than {_MOST_TEXT} bytes of names")
         return self._content[place.start : place.stop].decode("utf-8", "surrogateescape")
+
+    def numbers(self, place: range) -> list[int]:
+        """Packed numbers."""
+        found, at = [], place.start
+        while at < place.stop:
+            self._fields += 1
+            if self._fields > _MOST_FIELDS:
+                raise self.refused(f"has more than {_MOST_FIELDS} fields")
+            number, at = self._varint(at, place.stop, 10)
+            found.append(number)
+        return found
 
     def _varint(self, at: int, stop: int, most: int) -> tuple[int, int]:
         value = 0
@@ -327,6 +344,7 @@ def _node(reader: _Reader, place: range, found: _Found, depth: int) -> None:
     first = values["input"][0] if values["input"] else ""
     if operator == "GroupQueryAttention" and numbers.get("num_heads") and values["output"]:
         found.heads[values["output"][0]] = numbers["num_heads"]
+        found.tables.update(values["input"][7:8])
     elif operator == "MatMulNBits" and first in found.heads and "K" in numbers:
         found.head_size = numbers["K"] // found.heads[first]
 
@@ -347,9 +365,11 @@ def _attribute(reader: _Reader, place: range, found: _Found, depth: int) -> dict
 
 
 def _tensor(reader: _Reader, place: range, found: _Found, *, node: bool = False) -> None:
-    name, location, entries = "", 0, {}
+    name, location, entries, sizes = "", 0, {}, list[int]()
     for part, _, value in reader.fields("TensorProto", place):
-        if isinstance(value, int):
+        if part == "dims":
+            sizes += [value] if isinstance(value, int) else reader.numbers(value)
+        elif isinstance(value, int):
             location = value
         elif part == "name":
             name = reader.text(value)
@@ -358,6 +378,8 @@ def _tensor(reader: _Reader, place: range, found: _Found, *, node: bool = False)
             if key in entries:
                 raise reader.refused(f"has {shorten(key)} twice in the tensor {shorten(name)}")
             entries[key] = text
+    if name in found.tables and sizes:
+        found.positions = sizes[0]
     if location not in (0, _EXTERNAL) or (location == _EXTERNAL) != bool(entries):
         raise reader.refused(f"has the tensor {shorten(name)}, of which it is not clear where its data are")
     if not entries:
