@@ -183,7 +183,7 @@ def test_set_lists_sets_and_takes_back_options_as_the_runtime_checks_them(chat):
         ("/set heat default", "`heat` is not an option"),
         ("/set temperature", "/set temperature needs a value"),
         ("/set n 2", "`n` has no use in a conversation"),
-        ('/set stop "\\ud83d"', "`stop` has half a character, the lone surrogate U+D83D"),
+        ('/set stop "\\ud83d"', "`stop[0]` has the lone surrogate U+D83D"),
         ("/set response_format " + "[" * 100_000, "`response_format` is "),
         ("/stats often", "/stats takes on, off or nothing, not often"),
         ("/stats", "there is no answer to tell of"),
