@@ -74,7 +74,7 @@ def fetch(uri: str, kept: Folder | None = None) -> Folder:
         Phi3Error: there is no such alias.
         MlflowException: there is no such model, or the store does not answer.
     """
-    source, number = _source(uri)
+    source, number = locate(uri)
     if is_local_uri(source):
         return Folder(Path(local_file_uri_to_path(source)), source, number)
     if kept is not None and kept.source == source and kept.path.is_dir():
@@ -88,8 +88,8 @@ def fetch(uri: str, kept: Folder | None = None) -> Folder:
     return Folder(Path(path), source, number, room)
 
 
-def _source(uri: str) -> tuple[str, str | None]:
-    """The address of a model's files, and the registered version.
+def locate(uri: str) -> tuple[str, str | None]:
+    """The address of a model's files, and the registered version; see `fetch`.
 
     Not left to `mlflow.artifacts.download_artifacts`, which writes into a local store and copies what a run names.
     """
