@@ -110,6 +110,7 @@ class _Connection(socketserver.StreamRequestHandler):
     def _table(self, asked: dict[str, Any]) -> int:
         """Answers the rows as they end, and returns how many there were."""
         service, rows = self.server.service, asked["rows"]
+        _logger.info("a table has come; rows: %d", len(rows))
         prepared: list[Prepared] = []
         numbers: list[int] = []
         for number, row in enumerate(rows):
