@@ -1,11 +1,10 @@
-"""The documentation's code runs as it stands: evaluation, comparison, tracing, Spark, and an answer without MLflow.
+"""The documentation's code runs as it stands: evaluation, comparison, tracing, and an answer without MLflow.
 
 Run with: python -m pytest tests/test_recipes.py
 """
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 from phi3_mlflow.builders import onnx
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 300  # Spark on two busy cores
+PATIENCE = 300
 
 
 def blocks(heading: str, language: str = "python", file: str = "README.md") -> list[str]:
@@ -38,8 +37,6 @@ def run(code: str, folder: Path, program: tuple[str, ...] = (sys.executable, "-c
     variables = {
         **os.environ,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "PYSPARK_PYTHON": sys.executable,
-        "SPARK_LOCAL_IP": "127.0.0.1",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     }
     done = subprocess.run([*program, code], cwd=folder, env=variables, capture_output=True, text=True, timeout=PATIENCE)
@@ -49,15 +46,8 @@ def run(code: str, folder: Path, program: tuple[str, ...] = (sys.executable, "-c
 
 @pytest.fixture(scope="module")
 def registered():
-    """The models that the recipes name."""
+    """The model that the recipes name."""
     onnx.log_model(name="phi3", registered_model_name="phi3", alias="champion")
-    onnx.log_model(name="phi3-flat", task="flat", registered_model_name="phi3-flat", alias="champion")
-
-
-def rows(table: str) -> list[list[str]]:
-    """The cells of tables as Spark shows them, with their heads."""
-    lines = [line for line in table.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def test_evaluation_scores_the_models_answers(registered, tmp_path):
@@ -89,20 +79,6 @@ def test_tracing_shows_the_tokens_on_the_models_page(registered, tmp_path):
     printed = run(code, tmp_path)
     assert "The capital of Spain is Madrid." in printed
     assert "'input_tokens': 14, 'output_tokens': 8" in printed
-
-
-@pytest.mark.skipif(shutil.which("java") is None, reason="Spark needs Java")
-def test_spark_answers_texts_and_chats_and_leaves_null_where_it_cannot(registered, tmp_path):
-    printed = run("\n".join(blocks("### Spark")), tmp_path)
-    assert rows(printed) == [
-        ["prompt", "answer"],
-        ["What is the capital of Spain?", "The capital of Spain is Madrid."],
-        ["", "NULL"],
-        ["What is the capital of France?", "The capital of France is Paris."],
-        ["answer", "reason"],
-        ["The capital of Spain is Madrid.", "stop"],
-        ["NULL", "NULL"],
-    ]
 
 
 def test_an_answer_streams_without_mlflow_and_pandas(tmp_path):

@@ -13,10 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import mlflow
 import psutil
 import pyarrow
 import pytest
+from stores import server
 
+from phi3_mlflow.builders import onnx
 from phi3_mlflow.runtime.errors import FormatError, InvalidRequest
 from phi3_mlflow.spark import column, node, udf, worker
 
@@ -78,8 +81,8 @@ def models(folder: Path) -> list[psutil.Process]:
 def workers(spark) -> list[psutil.Process]:
     """The Python workers, which Spark's daemon forks."""
     java = psutil.Process(spark.sparkContext._gateway.proc.pid)
-    daemons = [each for each in java.children(recursive=True) if "pyspark.daemon" in each.cmdline()]
-    return [child for daemon in daemons for child in daemon.children()]
+    python = [each for each in psutil.process_iter(["cmdline"]) if "pyspark.daemon" in (each.info["cmdline"] or [])]
+    return [each for each in python if each.parent() in python and java in each.parents()]
 
 
 def until(condition):
@@ -321,3 +324,42 @@ def test_only_models_of_ours_are_taken(tmp_path):
     (tmp_path / "MLmodel").write_text("flavors: {}\n")
     with pytest.raises(FormatError, match="was not logged by phi3_mlflow"):
         udf(str(tmp_path))
+
+
+def test_the_documents_code_runs_as_it_stands_there(spark, capsys):
+    onnx.log_model(name="phi3", registered_model_name="phi3", alias="champion")
+    code = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / "spark.md").read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
+    exec("\n".join(code), {})
+
+    tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in tables] == [
+        ["text", "answer"],
+        [QUESTIONS[0], ANSWERS[0]],
+        ["", "NULL"],
+        ["NULL", "NULL"],
+        ["answer"],
+        [ANSWERS[0]],
+        ["content", "finish_reason", "prompt_tokens", "completion_tokens", "error"],
+        [ANSWERS[1], "stop", "14", "8", "NULL"],
+        ["NULL"] * 4 + ["`messages[0].role` is 'robot'; it must be one of system, user, assistant"],
+    ]
+
+
+def test_a_node_downloads_a_model_once(tmp_path, room, tracking, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    with server(tmp_path, f"sqlite:///{tmp_path / 'server.db'}") as (address, _):
+        try:
+            mlflow.set_tracking_uri(address)
+            mlflow.set_experiment("Default")
+            onnx.log_model(name="phi3", registered_model_name="far", alias="champion")
+            asked = plan("models:/far@champion")
+        finally:
+            mlflow.set_tracking_uri(tracking)
+            mlflow.set_experiment("tests")
+        assert ask(asked, QUESTIONS) == ANSWERS
+
+    [folder] = (room / f"phi3-mlflow-{os.getuid()}" / "models").iterdir()
+    assert (folder / "MLmodel").is_file()
+    assert ask((replace(asked[0], linger=next(LINGER)), *asked[1:]), QUESTIONS) == ANSWERS  # and the server has gone
