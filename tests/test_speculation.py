@@ -393,7 +393,7 @@ class Recorded(Generation):
 
 @pytest.mark.parametrize(("engine", "slots"), [("genai", 1), ("onnxruntime", 2), ("openvino", 2)])
 def test_tokens_that_were_proposed_get_the_logits_that_they_get_one_by_one(load, monkeypatch, engine, slots):
-    """In random mixes with joins, leaves, shared prefixes and grammars: so answers are those without, but for rounding."""
+    """Mixes with joins, leaves, shared prefixes and grammars: so answers are those without, but for rounding."""
     if engine == "openvino" and importlib.util.find_spec("openvino") is None:
         pytest.skip("needs the extra openvino")
     parallel = {"parallel": slots} if slots > 1 else {}
