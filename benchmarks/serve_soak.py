@@ -401,7 +401,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["churn", "crowd", "soak"])
     parser.add_argument("--clients", type=int, default=200)
-    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--requests", type=int, help="10,000 for churn and 70 for crowd by default")
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--minutes", type=float, default=30.0)
@@ -412,12 +412,16 @@ def main() -> None:
         with server(*model, "-c", f"queue_limit={arguments.clients}") as (address, process):
             churn(address, process.pid, clients=arguments.clients, requests=500, seed=1)  # until all is warm
             found = churn(
-                address, process.pid, clients=arguments.clients, requests=arguments.requests, seconds=arguments.seconds
+                address,
+                process.pid,
+                clients=arguments.clients,
+                requests=arguments.requests or 10_000,
+                seconds=arguments.seconds,
             )
         leaks = leaked(found["memory"], found["threads"], found["files"])
     elif arguments.what == "crowd":
         with server(*model, "-c", "queue_limit=8") as (address, _):
-            found = crowd(address, requests=arguments.requests, tokens=arguments.tokens)
+            found = crowd(address, requests=arguments.requests or 70, tokens=arguments.tokens)
         leaks = False
     else:
         with tempfile.TemporaryDirectory() as folder:
