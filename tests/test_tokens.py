@@ -16,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from phi3_mlflow.runtime import tokens as tokens_module
 from phi3_mlflow.runtime.errors import InvalidRequest, WeightsError
 from phi3_mlflow.runtime.tokens import ROLES, Tokens
 
@@ -369,6 +370,18 @@ def test_a_tokenizer_that_makes_no_sense_is_refused_with_its_folder(tmp_path, co
     (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": 5}')
     with pytest.raises(WeightsError, match=r"the tokenizer in .* cannot be read"):
         Tokens.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [-1, 2**20, 2**31])
+def test_ids_that_would_take_all_memory_or_are_none_are_refused(wrong):
+    for place in ("added", "vocab"):
+        other = json.loads(tokenizer_json())
+        if place == "added":
+            other["added_tokens"][0]["id"] = wrong
+        else:
+            other["model"]["vocab"]["zz"] = wrong
+        with pytest.raises(WeightsError, match=rf"ids from .*(-1|{wrong}).*: they must be from 0 to 1048575"):
+            tokens_module._decoder_table(other)
 
 
 def test_tokenizers_of_another_kind_are_refused():

@@ -32,6 +32,7 @@ _CACHED_ROLES = 64
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 # Characters that take about a millisecond to encode.
 _LONG = 2000
+_MOST_IDS = 2**20  # one place in memory for each
 _PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
 
 
@@ -292,7 +293,12 @@ def _decoder_table(parsed: Mapping[str, Any]) -> tuple[list[bytes], int]:
         raise WeightsError("tokenizer.json is not a BPE tokenizer with byte fallback, as Phi-3's is")
     vocab = parsed["model"]["vocab"]
     added = {token["id"] for token in parsed["added_tokens"]}
-    pieces = [b""] * (max([*vocab.values(), *added]) + 1)
+    ids = [*vocab.values(), *added]
+    if not 0 <= min(ids) <= max(ids) < _MOST_IDS:
+        raise WeightsError(
+            f"tokenizer.json has ids from {min(ids)} to {max(ids)}: they must be from 0 to {_MOST_IDS - 1}"
+        )
+    pieces = [b""] * (max(ids) + 1)
     for piece, token in vocab.items():
         if token not in added:
             byte = _BYTE_PIECE.fullmatch(piece)
