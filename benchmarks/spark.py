@@ -42,9 +42,10 @@ class Memory(threading.Thread):
         while not self._over.wait(1.0):
             held: Counter[str] = Counter()
             processes = 0
-            for process in psutil.process_iter(["cmdline"]):
+            for process in psutil.process_iter(["cmdline", "cwd"]):
                 command = process.info["cmdline"] or []
-                model = "phi3_mlflow.spark.process" in command
+                here = (process.info["cwd"] or "").startswith(os.environ["TMPDIR"])
+                model = here and "phi3_mlflow.spark.process" in command
                 try:
                     if model or ("pyspark.daemon" in command and self._java in process.parents()):
                         held["model" if model else "workers"] += process.memory_full_info().pss
@@ -103,6 +104,7 @@ def main() -> None:
     config = {"parallel": asked.parallel}
     lines = []
     with tempfile.TemporaryDirectory() as temporary:
+        os.environ["TMPDIR"] = temporary  # so that no other job's processes are counted, or shared
         paths = {task: Path(temporary) / name for task, name in (("flat", "flat"), ("llm/v1/chat", "chat"))}
         for task, path in paths.items():
             onnx.save_model(path, task=task)
