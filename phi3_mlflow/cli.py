@@ -199,6 +199,11 @@ def _log_options(command: Callable[..., None]) -> Callable[..., None]:
             ),
             click.option("--raw", is_flag=True, help="Other tasks: take prompts as they are, without chat template."),
             click.option(
+                "--chat-template",
+                type=click.Path(exists=True, dir_okay=False, path_type=Path),
+                help="A file with a Jinja template in place of the weights' own.",
+            ),
+            click.option(
                 "-c",
                 "--config",
                 multiple=True,
@@ -213,6 +218,13 @@ def _log_options(command: Callable[..., None]) -> Callable[..., None]:
     ):
         command = option(command)
     return command
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"{file} cannot be read as text: {error}") from error
 
 
 def _log(*asked: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -232,6 +244,7 @@ def _log(*asked: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
             task=options["task"],
             target=options["target"],
             template=not options["raw"],
+            chat_template=options["chat_template"] and _text(options["chat_template"]),
             model_config=parse_config(options["config"]),
         )
         entry = build.Entry(

@@ -123,9 +123,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_config(source: Path) -> dict[str, Any]:
     config = _read_json(source / "config.json")
-    if config.get("model_type") != "phi3":
+    if config.get("model_type") not in trust.MODELS:
         raise WeightsError(
-            f"{source / 'config.json'} has model_type {shorten(config.get('model_type'))}; only phi3 can be exported"
+            f"{source / 'config.json'} has model_type {shorten(config.get('model_type'))}; only "
+            f"{', '.join(trust.MODELS)} can be exported"
         )
     if not any(source.glob("*.safetensors")):
         raise WeightsError(f"{source} holds no .safetensors file: download the weights completely")
@@ -140,8 +141,6 @@ def _tokenizer_config(source: Path) -> dict[str, Any]:
     template = source / "chat_template.jinja"
     if "chat_template" not in config and template.is_file():
         config["chat_template"] = template.read_text(encoding="utf-8")
-    if not config.get("chat_template"):
-        raise WeightsError(f"{source / 'tokenizer_config.json'} has no chat_template: give an instruct model's folder")
     return config
 
 
@@ -154,10 +153,11 @@ def _stand_in(source: Path, config: dict[str, Any], folder: Path) -> None:
     for path in source.iterdir():
         if path.is_file() and path.name != "config.json" and path.suffix != ".py":
             (folder / path.name).symlink_to(path.resolve())
-    window = config.get("sliding_window")
-    slides = window is not None and window < config["max_position_embeddings"]
-    kind = "sliding_attention" if slides else "full_attention"
-    stated = {**config, "layer_types": [kind] * config["num_hidden_layers"]}
+    stated = dict(config)
+    if config["model_type"] == "phi3":
+        window = config.get("sliding_window")
+        slides = window is not None and window < config["max_position_embeddings"]
+        stated["layer_types"] = ["sliding_attention" if slides else "full_attention"] * config["num_hidden_layers"]
     stated.pop("auto_map", None)
     (folder / "config.json").write_text(json.dumps(stated, indent=1) + "\n", encoding="utf-8")
 

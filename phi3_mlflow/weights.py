@@ -26,6 +26,9 @@ ONNX_FOLDER = "cpu_and_mobile/cpu-int4-rtn-block-32-acc-level-4"
 REVISIONS = {
     "microsoft/Phi-3-mini-4k-instruct": "f39ac1d28e925b323eae81227eaba4464caced4e",
     "microsoft/Phi-3-mini-4k-instruct-onnx": "5f5f794c1c23c9d5ee142af85df02a6cc52d6945",
+    "microsoft/Phi-3.5-mini-instruct": "2fe192450127e6a83f7441aef6e3ca586c338b77",
+    "microsoft/Phi-4-mini-instruct": "cfbefacb99257ffa30c83adab238a50856ac3083",
+    "microsoft/phi-2": "ef382358ec9e382308935a992d908de099b64c23",
 }
 
 _PATTERNS = {

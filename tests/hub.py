@@ -8,7 +8,8 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +17,10 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
+TOKEN = "hf_thisIsASecretToken"
 LFS_SUFFIXES = (".safetensors", ".onnx", ".data", ".model", ".bin")
 
 
@@ -127,6 +132,28 @@ class Hub:
     def commit(self, repo: str, revision: str) -> str | None:
         commit = self.branches.get(repo, {}).get(revision, revision)
         return commit if commit in self.repos.get(repo, {}) else None
+
+
+@contextmanager
+def pointed_at(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
+    """A hub, and this process's client pointed to it with a cache of its own."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    # The test run as a whole is offline; these tests are about the network, on 127.0.0.1.
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    with Hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield server
+
+
+def downloaded(server: Hub) -> set[str]:
+    """The files whose content was asked for since the last look."""
+    found = (request.path.split("/", 5) for request in server.take() if request.method == "GET")
+    return {parts[5] for parts in found if parts[3] == "resolve"}
 
 
 class _Handler(BaseHTTPRequestHandler):

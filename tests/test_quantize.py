@@ -113,8 +113,8 @@ def test_damaged_weights_are_named_and_leave_nothing(source: Path, tmp_path: Pat
 
 
 def test_another_model_is_refused(source: Path, tmp_path: Path) -> None:
-    edit(source / "config.json", model_type="llama")
-    with pytest.raises(WeightsError, match=r"config\.json has model_type 'llama'; only phi3"):
+    edit(source / "config.json", model_type="gemma")
+    with pytest.raises(WeightsError, match=r"config\.json has model_type 'gemma'; only phi3, phi, "):
         export(source, tmp_path / "onnx")
 
 
@@ -129,12 +129,6 @@ def test_a_missing_file_is_named(source: Path, tmp_path: Path, name: str) -> Non
 def test_a_configuration_that_names_code_or_other_weights_is_refused(source: Path, tmp_path: Path, key: str) -> None:
     edit(source / "config.json", **{key: "organization/kernel"})
     with pytest.raises(WeightsError, match=f"has {key}"):
-        export(source, tmp_path / "onnx")
-
-
-def test_a_folder_without_a_chat_template_is_refused(source: Path, tmp_path: Path) -> None:
-    edit(source / "tokenizer_config.json", chat_template=None)
-    with pytest.raises(WeightsError, match="has no chat_template"):
         export(source, tmp_path / "onnx")
 
 

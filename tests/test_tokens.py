@@ -14,41 +14,17 @@ import pytest
 from fakes import CHAT_TEMPLATE, IDS, TOKENS, VOCAB_SIZE, config, tokenizer_json, tokens
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from texts import CONTROL, conversation, text_of
 from tokenizers import Tokenizer
 
-from phi3_mlflow.runtime import tokens as tokens_module
+from phi3_mlflow.runtime import vocabulary
 from phi3_mlflow.runtime.errors import InvalidRequest, WeightsError
-from phi3_mlflow.runtime.tokens import ROLES, Tokens
+from phi3_mlflow.runtime.layouts import ROLES
+from phi3_mlflow.runtime.tokens import Tokens
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "artifacts" / "transformers"
 REAL = os.environ.get("PHI3_TOKENIZER")
 VECTORS = 47
-CONTROL = ["<unk>", "<s>", "</s>", "<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"]
-BITS = [
-    *("hello", "world", "the capital of spain", "don't", "It's", "A", "x", "0", "1234", "3.14", "<|", "|>", "end", "<"),
-    *(" ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", "\u2581", "\u2581\u2581", "\u00a0", "\u3000", "\u2028", "\x1c"),
-    *("\u00e9", "e\u0301", "\u4e2d\u6587", "\u0639\u0631\u0628\u064a", "\u0939\u093f", "\U0001f999", "\ufeff"),
-    *("\U0001f469\u200d\U0001f469\u200d\U0001f467", "\u00bd", "\x00", "\x01", "\x7f", "\ufffd", "\ufffe", "\ue000"),
-    *(".", ",", "!", "?", "\\", '"', "{}", "[/INST]", "<0x0A>", "s>", "</", "\ue0001\ue001"),
-]
-
-
-def text_of(rng, most=9):
-    while True:
-        bits = rng.choices(BITS, k=rng.randint(1, most))
-        other = chr(rng.choice([rng.randrange(32, 0x250), rng.randrange(0x1F300, 0x1FAFF)]))
-        text = "".join(bits).replace("x", other)
-        if not any(token in text for token in CONTROL):
-            return text
-
-
-def conversation(rng):
-    roles = ["user", *(["assistant", "user"] * rng.randint(0, 2))]
-    if rng.random() < 0.4:
-        roles.insert(0, "system")
-    if rng.random() < 0.1:
-        roles = rng.choices(ROLES, k=rng.randint(1, 4))
-    return [{"role": role, "content": text_of(rng)} for role in roles]
 
 
 def render(messages, end="<|end|>\n"):
@@ -214,10 +190,12 @@ def test_roles_that_a_template_cannot_express_are_refused_where_they_stand(templ
 @pytest.mark.parametrize(
     ("template", "problem"),
     [
-        (CHAT_TEMPLATE.replace("message['content']", "message['content'] | trim"), "changes the text"),
         (CHAT_TEMPLATE.replace("message['content']", "message['content'] | upper"), "changes the text"),
-        (CHAT_TEMPLATE.replace("system|>\n' + message['content']", "system|>' + message['content'] | trim"), "changes"),
-        (CHAT_TEMPLATE.replace("ant|>\n' + message['content']", "ant|>' + message['content'] | trim"), "changes"),
+        (CHAT_TEMPLATE.replace("system|>\n' + message['content']", "system|>' + message['content'] | upper"), "change"),
+        (CHAT_TEMPLATE.replace("ant|>\n' + message['content']", "ant|>' + message['content'] | upper"), "changes"),
+        (CHAT_TEMPLATE.replace("message['content']", "message['content'].lstrip()"), "trims one side of it alone"),
+        (CHAT_TEMPLATE.replace("message['content']", "message['content'].strip(' ')"), "changes the text"),
+        (CHAT_TEMPLATE.replace("message['content']", "message['content'].lstrip('\n')"), "changes the text"),
         ("{{ raise_exception('no') }}", "cannot express a user's message"),
         ("{{ '<|user|>' + missing.field }}", "cannot express a user's message"),
         ("<|user|>", "cannot express a user's message"),
@@ -381,13 +359,13 @@ def test_ids_that_would_take_all_memory_or_are_none_are_refused(wrong):
         else:
             other["model"]["vocab"]["zz"] = wrong
         with pytest.raises(WeightsError, match=rf"ids from .*(-1|{wrong}).*: they must be from 0 to 1048575"):
-            tokens_module._decoder_table(other)
+            vocabulary._pieces(other, {})
 
 
 def test_tokenizers_of_another_kind_are_refused():
     other = json.loads(tokenizer_json())
     other["decoder"]["decoders"] = [step for step in other["decoder"]["decoders"] if step["type"] != "ByteFallback"]
-    with pytest.raises(WeightsError, match="BPE tokenizer with byte fallback"):
+    with pytest.raises(WeightsError, match="neither a BPE tokenizer with byte fallback"):
         Tokens(json.dumps(other), config())
 
 

@@ -222,7 +222,7 @@ class TestGenaiConfig:
             ("model/context_length", 2**40, "an integer from 1 to 1048576"),
             ("model/context_length", 4096.0, "an integer from 1 to 1048576"),
             ("model/context_length", True, "an integer from 1 to 1048576"),
-            ("model/type", "llama", "'phi3'"),
+            ("model/type", "gemma", "'phi3'"),
             ("model/eos_token_id", "1", "an integer from -1 to 2147483647"),
             ("model/eos_token_id", [1] * 65, "a list of at most 64"),
             ("model/decoder", [], "an object"),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import protobuf
 import pytest
-from hub import Hub
+from hub import TOKEN, Hub, downloaded, pointed_at
 from huggingface_hub import constants
 
 from phi3_mlflow import weights
@@ -27,7 +27,6 @@ NAME = "microsoft/Phi-3-mini-4k-instruct"
 ONNX_NAME = "microsoft/Phi-3-mini-4k-instruct-onnx"
 GRAPH = "phi3-mini-4k-instruct-cpu-int4-rtn-block-32-acc-level-4.onnx"
 MIT = b"Microsoft.\nCopyright (c) Microsoft Corporation.\n\nMIT License\n\nPermission is hereby granted"
-TOKEN = "hf_thisIsASecretToken"
 
 # As the model builder of 2024 wrote it for Phi-3-mini.
 GENAI_CONFIG = {
@@ -257,8 +256,10 @@ class TestTransformersForm:
         assert "`auto_map`" in refused(transformers_folder, "transformers")
 
     def test_another_model_type_is_refused(self, transformers_folder):
-        (transformers_folder / "config.json").write_text('{"model_type": "llama"}')
-        assert "has model_type 'llama': it must be phi3" in refused(transformers_folder, "transformers")
+        (transformers_folder / "config.json").write_text('{"model_type": "gemma"}')
+        assert "has model_type 'gemma': it must be one of phi3, phi, llama, qwen2, qwen3" in refused(
+            transformers_folder, "transformers"
+        )
 
     def test_another_architecture_is_refused(self, transformers_folder):
         change(transformers_folder / "config.json", architectures=["Phi3ForSequenceClassification"])
@@ -301,7 +302,7 @@ class TestOnnxForm:
     @pytest.mark.parametrize(
         ("changes", "reason"),
         [
-            ({"type": "llama"}, "has model.type 'llama': it must be 'phi3'"),
+            ({"type": "gemma"}, "has model.type 'gemma': it must be 'phi3' or "),
             ({"decoder": {}}, "has no model.decoder.filename"),
             ({"decoder": {"filename": 1}}, "has model.decoder.filename 1"),
             ({"decoder": {"filename": "/etc/passwd.onnx"}}, "names '/etc/passwd.onnx', which is not a file beside it"),
@@ -377,16 +378,7 @@ class TestLicense:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub that holds both of Microsoft's repositories, and a client that points to it with an empty cache."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    # The test run as a whole is offline; these tests are about the network, on 127.0.0.1.
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
-    with Hub() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    with pointed_at(monkeypatch, tmp_path / "cache") as server:
         unneeded = {"modeling_phi3.py": b"code", "pytorch_model.bin": b"pickle", "figures/loss.json": b"{}"}
         card = {"README.md": b"---\nlicense: mit\n---\n", "LICENSE": MIT, ".gitattributes": b"x"}
         server.add(NAME, {**transformers_files(), **unneeded, **card}, commit=REVISIONS[NAME])
@@ -395,12 +387,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         files[f"{ONNX_FOLDER}/configuration_phi3.py"] = b"code"
         server.add(ONNX_NAME, {**files, "config.json": b"{}", "LICENSE": MIT}, commit=REVISIONS[ONNX_NAME])
         yield server
-
-
-def downloaded(server: Hub) -> set[str]:
-    """The files whose content was asked for."""
-    found = (request.path.split("/", 5) for request in server.take() if request.method == "GET")
-    return {parts[5] for parts in found if parts[3] == "resolve"}
 
 
 class TestHub:

@@ -97,7 +97,8 @@ def subject(model_uri: str | None, parallel: int | None = None) -> Iterator[tupl
             builder, tokenizer = "onnx", folder / flavor["artifacts"]["weights"]["path"]
             own = json.loads((tokenizer / "genai_config.json").read_text("utf-8"))["model"]["context_length"]
         context = min(config.get("context_length") or own, own)
-        yield Subject(model, config, builder, Tokens.from_folder(tokenizer), context), memory
+        tokens = Tokens.from_folder(tokenizer, template=config["template"])
+        yield Subject(model, config, builder, tokens, context), memory
 
 
 def _from_environment() -> dict[str, Any]:

@@ -21,8 +21,9 @@ import phi3_mlflow
 from phi3_mlflow import runtime
 from phi3_mlflow.runtime import settings
 from phi3_mlflow.runtime.chat import TASKS, Task
-from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error, shorten
+from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error, WeightsError, shorten
 from phi3_mlflow.runtime.options import NAMES
+from phi3_mlflow.runtime.tokens import Tokens
 from phi3_mlflow.targets import AZURE_TASK, adapted, parse, same
 from phi3_mlflow.weights import Weights
 
@@ -102,7 +103,7 @@ def _checked(extra: Sequence[str] | None, needed: list[str]) -> list[str]:
     return list(extra or ())
 
 
-def check_config(task: Task, template: bool, model_config: Mapping[str, Any] | None) -> None:
+def check_config(task: Task, template: bool, chat_template: str | None, model_config: Mapping[str, Any] | None) -> None:
     """Checks the task, what goes with it, and what a user wrote into model_config.
 
     Raises:
@@ -115,6 +116,9 @@ def check_config(task: Task, template: bool, model_config: Mapping[str, Any] | N
         raise BuildError(f"template is {shorten(template)}; it must be True or False")
     if not template and task == "llm/v1/chat":
         raise BuildError("template is False, and a chat has its template; choose another task, or leave it out")
+    if chat_template is not None and not (isinstance(chat_template, str) and chat_template and template):
+        problem = "it must be a Jinja template's text" if template else "leave it out where `template` is False"
+        raise BuildError(f"chat_template is {shorten(chat_template)}; {problem}")
     config = {} if model_config is None else model_config
     if not isinstance(config, Mapping):
         raise BuildError(f"model_config is {shorten(config)}; it must be a dict of settings and options")
@@ -124,6 +128,28 @@ def check_config(task: Task, template: bool, model_config: Mapping[str, Any] | N
         if name in _ARGUMENTS:
             raise InvalidRequest(name, f"has no place in model_config; {_ARGUMENTS[name]}")
     settings.check_config(task, config)
+
+
+def check_tokenizer(folder: Path, template: bool, chat_template: str | None) -> None:
+    """Looks whether a tokenizer is one that is known here, and whether its chat template can be used.
+
+    Args:
+        folder: the tokenizer's.
+        template: whether prompts are to be put into the chat template.
+        chat_template: the user's own, or None for that of the weights.
+
+    Raises:
+        WeightsError: it is not, or cannot; it says why and what to do.
+    """
+    tokens = Tokens.from_folder(folder, template=False, chat_template=chat_template)
+    remedy = "or take prompts as they are: the task llm/v1/completions or flat with `template=False` (--raw)"
+    if template and tokens.problem:
+        raise WeightsError(f"{tokens.problem}; give another one as `chat_template` (--chat-template), {remedy}")
+    if template and chat_template is None and not tokens.marked:
+        raise WeightsError(
+            "the tokenizer's chat template marks who speaks with text alone, which a user's text can imitate; give "
+            f"that template as `chat_template` (--chat-template) if that may be, {remedy}"
+        )
 
 
 def full_config(task: Task, source: str, model_config: Mapping[str, Any] | None, template: bool) -> dict[str, Any]:

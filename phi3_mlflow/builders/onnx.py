@@ -16,7 +16,6 @@ from phi3_mlflow.runtime.chat import Task
 from phi3_mlflow.runtime.decoders.base import context_within
 from phi3_mlflow.runtime.settings import SETTINGS, check_batching
 from phi3_mlflow.runtime.signatures import input_example, signature
-from phi3_mlflow.runtime.tokens import Tokens
 from phi3_mlflow.runtime.trust import genai_config
 from phi3_mlflow.weights import Weights, find, onnx_files
 
@@ -34,6 +33,7 @@ def save_model(
     revision: str | None = None,
     task: Task | None = None,
     template: bool = True,
+    chat_template: str | None = None,
     model_config: Mapping[str, Any] | None = None,
     target: common.Target = "mlflow",
     metadata: Mapping[str, Any] | None = None,
@@ -48,6 +48,7 @@ def save_model(
         revision: of the Hugging Face repository; None for the pinned one.
         task: `llm/v1/chat`, `llm/v1/completions`, or `flat` (text columns in, text out); None for the target's own.
         template: for the other tasks, whether a prompt is put into the chat template as a user's message.
+        chat_template: the text of a Jinja template that takes the place of the weights' own, or that they lack.
         model_config: defaults of the options, `context_length`, `threads`, `queue_limit`, `parallel` (how many
             requests are answered at once) and `kv_budget` (bytes, or text such as "4GiB", for their KV caches).
         target: `azure` makes a model that Azure ML's no-code image can load: the flat task, and what that image
@@ -67,6 +68,7 @@ def save_model(
         revision=revision,
         task=task,
         template=template,
+        chat_template=chat_template,
         model_config=model_config,
         target=target,
         metadata=metadata,
@@ -84,6 +86,7 @@ def log_model(
     revision: str | None = None,
     task: Task | None = None,
     template: bool = True,
+    chat_template: str | None = None,
     model_config: Mapping[str, Any] | None = None,
     target: common.Target = "mlflow",
     metadata: Mapping[str, Any] | None = None,
@@ -109,6 +112,7 @@ def log_model(
         revision: see save_model.
         task: see save_model.
         template: see save_model.
+        chat_template: see save_model.
         model_config: see save_model; noted as params of the run too, where there is one.
         target: see save_model.
         metadata: see save_model.
@@ -135,6 +139,7 @@ def log_model(
         revision=revision,
         task=task,
         template=template,
+        chat_template=chat_template,
         model_config=model_config,
         target=target,
         metadata=metadata,
@@ -161,6 +166,7 @@ def plan(
     revision: str | None = None,
     task: Task | None = None,
     template: bool = True,
+    chat_template: str | None = None,
     model_config: Mapping[str, Any] | None = None,
     target: common.Target = "mlflow",
     metadata: Mapping[str, Any] | None = None,
@@ -177,7 +183,7 @@ def plan(
     packages = common.requirements("onnxruntime", "onnxruntime-genai", *openvino)
     task, needed = common.for_target(target, task, packages, extra_pip_requirements)
     own = common.own_metadata(metadata)
-    common.check_config(task, template, model_config)
+    common.check_config(task, template, chat_template, model_config)
     check_batching(model_config or {})
     source = find(weights, "onnx", revision=revision)
     config = common.full_config(task, source.name, model_config, template)
@@ -190,10 +196,10 @@ def plan(
             budget = SETTINGS["kv_budget"].check("kv_budget", config["kv_budget"])
             with suppress(CannotBatch):  # the model falls back when it is loaded, and says why
                 check_budget(found.folder, config["context_length"], int(budget))
-        Tokens.from_folder(found.folder)
+        common.check_tokenizer(found.folder, template, chat_template)
 
         def write(path: Path, model: Model, links: bool) -> None:
-            _write(path, model, found, config, needed, links=links)
+            _write(path, model, found, config, needed, chat_template, links=links)
             model.metadata = common.metadata(task, found, manifest.digest(path / _WEIGHTS), own)
             common.finish(model, path)
 
@@ -203,7 +209,14 @@ def plan(
 
 
 def _write(
-    path: Path, model: Model, found: Weights, config: Mapping[str, Any], needed: list[str], *, links: bool
+    path: Path,
+    model: Model,
+    found: Weights,
+    config: Mapping[str, Any],
+    needed: list[str],
+    chat_template: str | None,
+    *,
+    links: bool,
 ) -> None:
     with common.staged_code() as code, common.quiet_mlflow():
         mlflow.pyfunc.save_model(
@@ -218,7 +231,12 @@ def _write(
         )
     # Not through MLflow's `artifacts`: it refuses the links that the hub's cache is made of, and copies once more.
     destination = path / _WEIGHTS
-    common.copy_weights(onnx_files(found.folder), destination, link=links)
+    files = onnx_files(found.folder)
+    if chat_template is not None:
+        files = [file for file in files if file.name != "chat_template.jinja"]
+    common.copy_weights(files, destination, link=links)
+    if chat_template is not None:
+        (destination / "chat_template.jinja").write_text(chat_template, "utf-8")
     manifest.write(destination)
     model.flavors["python_function"] |= {
         "artifacts": {"weights": {"path": _WEIGHTS, "uri": found.source}},

@@ -190,7 +190,7 @@ _OTHERS = {
     "model_id": "every call makes a model of its own",
     "onnx_model": "use `weights`, with a folder",
     "pip_requirements": "the builder pins them; use `extra_pip_requirements` to add to them",
-    "prompt_template": "the chat template comes with the weights",
+    "prompt_template": "use `chat_template`",
     "python_model": "use `weights`",
     "resources": "the model calls no service",
     "signature": "it follows from the task",

@@ -3,6 +3,7 @@
 The native flavor stays as MLflow writes it; its python_function side is pointed at the runtime floor.
 """
 
+import copy
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,6 @@ from phi3_mlflow.runtime import manifest, trust
 from phi3_mlflow.runtime.chat import Task
 from phi3_mlflow.runtime.settings import refuse_batching
 from phi3_mlflow.runtime.signatures import input_example, signature
-from phi3_mlflow.runtime.tokens import Tokens
 from phi3_mlflow.weights import Source, Weights, find
 
 from . import common
@@ -36,6 +36,7 @@ def save_model(
     revision: str | None = None,
     task: Task | None = None,
     template: bool = True,
+    chat_template: str | None = None,
     model_config: Mapping[str, Any] | None = None,
     target: common.Target = "mlflow",
     metadata: Mapping[str, Any] | None = None,
@@ -50,6 +51,7 @@ def save_model(
         revision: of the Hugging Face repository; None for the pinned one.
         task: `llm/v1/chat`, `llm/v1/completions`, or `flat` (text columns in, text out); None for the target's own.
         template: for the other tasks, whether a prompt is put into the chat template as a user's message.
+        chat_template: the text of a Jinja template that takes the place of the weights' own, or that they lack.
         model_config: defaults of the options, `context_length`, `threads` and `queue_limit`.
         target: `azure` makes a model that Azure ML's no-code image can load: the flat task, and what that image
             needs in the requirements.
@@ -68,6 +70,7 @@ def save_model(
         revision=revision,
         task=task,
         template=template,
+        chat_template=chat_template,
         model_config=model_config,
         target=target,
         metadata=metadata,
@@ -85,6 +88,7 @@ def log_model(
     revision: str | None = None,
     task: Task | None = None,
     template: bool = True,
+    chat_template: str | None = None,
     model_config: Mapping[str, Any] | None = None,
     target: common.Target = "mlflow",
     metadata: Mapping[str, Any] | None = None,
@@ -110,6 +114,7 @@ def log_model(
         revision: see save_model.
         task: see save_model.
         template: see save_model.
+        chat_template: see save_model.
         model_config: see save_model; noted as params of the run too, where there is one.
         target: see save_model.
         metadata: see save_model.
@@ -136,6 +141,7 @@ def log_model(
         revision=revision,
         task=task,
         template=template,
+        chat_template=chat_template,
         model_config=model_config,
         target=target,
         metadata=metadata,
@@ -162,6 +168,7 @@ def plan(
     revision: str | None = None,
     task: Task | None = None,
     template: bool = True,
+    chat_template: str | None = None,
     model_config: Mapping[str, Any] | None = None,
     target: common.Target = "mlflow",
     metadata: Mapping[str, Any] | None = None,
@@ -174,7 +181,7 @@ def plan(
     """
     task, needed = common.for_target(target, task, common.requirements("torch", "transformers"), extra_pip_requirements)
     own = common.own_metadata(metadata)
-    common.check_config(task, template, model_config)
+    common.check_config(task, template, chat_template, model_config)
     refuse_batching(model_config or {})
     if isinstance(weights, (str, Path)):
         source = find(weights, "transformers", revision=revision)
@@ -185,9 +192,11 @@ def plan(
     def prepare(found: Weights) -> Write:
         with no_bars():
             pipeline = _load(found.folder) if isinstance(weights, (str, Path)) else weights
+            if chat_template is not None:
+                pipeline = _with_template(pipeline, chat_template)
             with tempfile.TemporaryDirectory() as temporary:
                 pipeline.tokenizer.save_pretrained(temporary)  # type: ignore[union-attr]
-                Tokens.from_folder(Path(temporary))
+                common.check_tokenizer(Path(temporary), template, chat_template)
 
         def write(path: Path, model: Model, links: bool) -> None:
             _write(path, model, pipeline, found, config, needed)
@@ -224,6 +233,15 @@ def _load(folder: Path) -> "transformers.Pipeline":
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     return transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+
+
+def _with_template(pipeline: "transformers.Pipeline", chat_template: str) -> "transformers.Pipeline":
+    """The same model with a tokenizer of its own, which has the template."""
+    import transformers
+
+    tokenizer = copy.deepcopy(pipeline.tokenizer)
+    tokenizer.chat_template = chat_template  # type: ignore[union-attr]
+    return transformers.pipeline("text-generation", model=pipeline.model, tokenizer=tokenizer)
 
 
 def _write(

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 
 from .answers import Answer, Piece, TokenLogprob, finish_reason
 from .errors import InvalidRequest, shorten
+from .layouts import ROLES
 from .options import NAMES, RANGES, Options
-from .tokens import ROLES
 
 Task = Literal["llm/v1/chat", "llm/v1/completions", "flat"]
 TASKS: tuple[Task, ...] = get_args(Task)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from . import FORMAT, manifest, trust
 from .chat import TASKS
 from .decoders.base import CannotBatch, Decoder
+from .decoders.longrope import Switching, switch_in, switch_of
 from .decoders.processor import has_vnni
 from .errors import InvalidRequest
 from .service import Service
@@ -66,7 +67,8 @@ def _onnx(folder: Path, config: Mapping[str, Any]) -> Service:
     check_batching(config)
     trust.check(folder)
     arguments = _arguments(settings, config)  # what may be wrong with them is told before the weights are loaded
-    return Service(Tokens.from_folder(folder), onnx_decoder(folder, settings), **arguments)
+    tokens = Tokens.from_folder(folder, template=arguments["template"])
+    return Service(tokens, onnx_decoder(folder, settings), **arguments)
 
 
 def load_pipeline(folder: Path, pipeline: "transformers.TextGenerationPipeline", config: Mapping[str, Any]) -> Service:
@@ -90,8 +92,10 @@ def load_pipeline(folder: Path, pipeline: "transformers.TextGenerationPipeline",
     arguments = _arguments(settings, config)
     if threads := settings.get("threads"):
         torch.set_num_threads(threads)
-    decoder = PipelineDecoder(pipeline, context_length=settings.get("context_length"))
-    return Service(Tokens.from_folder(folder), decoder, **arguments)
+    decoder: Decoder = PipelineDecoder(pipeline, context_length=settings.get("context_length"))
+    if switch := switch_in(pipeline.model.config.to_dict()):
+        decoder = Switching(decoder, switch)
+    return Service(Tokens.from_folder(folder, template=arguments["template"]), decoder, **arguments)
 
 
 def _arguments(settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,13 +132,30 @@ def onnx_decoder(folder: Path, settings: Mapping[str, Any]) -> Decoder:
         except CannotBatch as error:
             _logger.warning("OpenVINO cannot run this folder, onnxruntime does: %s", error)
         engine = "onnxruntime" if several["slots"] > 1 else "genai"
-    if engine == "onnxruntime":
-        from .decoders.batched import BatchedDecoder
+    switch = switch_of(folder)
+    if switch is not None and settings.get("engine") in (None, "auto"):
+        # Genai would compute a sequence anew in one call, during which no other thread of Python runs.
+        engine = "onnxruntime"
+    decoder = _onnxruntime(folder, engine, several) or _genai(folder, shared)
+    return decoder if switch is None else Switching(decoder, switch)
 
-        try:
-            return BatchedDecoder(folder, **several)
-        except CannotBatch as error:
-            _logger.warning("`parallel` has no effect, requests are answered one by one: %s", error)
+
+def _onnxruntime(folder: Path, engine: str, several: Mapping[str, Any]) -> Decoder | None:
+    if engine != "onnxruntime":
+        return None
+    from .decoders.batched import BatchedDecoder
+
+    try:
+        return BatchedDecoder(folder, **several)
+    except CannotBatch as error:
+        what = (
+            "`parallel` has no effect, requests are answered one by one" if several["slots"] > 1 else "it is not used"
+        )
+        _logger.warning("plain onnxruntime cannot run this folder, %s: %s", what, error)
+        return None
+
+
+def _genai(folder: Path, shared: Mapping[str, Any]) -> Decoder:
     from .decoders.genai import GenaiDecoder
 
     return GenaiDecoder(folder, **shared)

@@ -54,19 +54,18 @@ class ChatTemplate:
             self._template = self._sandbox.compiled(source)
         except Exception as error:  # also what Python's compiler and memory say of what jinja made of it
             raise WeightsError(f"the tokenizer's chat template is not valid: {error}") from error
-        self._tokens = {key: token_text(config[key]) for key in ("bos_token", "eos_token") if config.get(key)}
-        for roles in (("user",), ("system", "user"), ("user", "assistant", "user")):
-            turns = [(role, f" \ue000{i}aA\n\ue001 ") for i, role in enumerate(roles)]
-            rendered = "" if self.refuses(turns) else self.render(turns)
-            if any(f"\ue000{i}" in rendered and content not in rendered for i, (_, content) in enumerate(turns)):
-                raise WeightsError("the tokenizer's chat template changes the text of messages, which is not supported")
+        tokens = {key: token for key, token in config.items() if key.endswith("_token") and token}
+        # Transformers always gives these two.
+        self._given: dict[str, Any] = {"tools": None, "documents": None}
+        self._given |= {key: token_text(token) for key, token in tokens.items() if not isinstance(token, bool)}
+        self._check_contents()
 
     def render(self, messages: Sequence[tuple[str, str]]) -> str:
         """The prompt's text; jinja2.TemplateError where the template refuses these messages."""
         turns = [{"role": role, "content": content} for role, content in messages]
         self._sandbox.budget.left = _BASE + _EACH * len(turns)
         try:
-            return self._template.render(messages=turns, add_generation_prompt=True, **self._tokens)
+            return self._template.render(messages=turns, add_generation_prompt=True, **self._given)
         except jinja2.TemplateError:
             raise
         except Exception as error:
@@ -79,6 +78,21 @@ class ChatTemplate:
         except jinja2.TemplateError:
             return True
         return False
+
+    def _check_contents(self) -> None:
+        """Contents must come out as they went in, or trimmed of all white space."""
+        for roles in (("user",), ("system", "user"), ("user", "assistant", "user")):
+            found = []
+            for space in ("   ", "\n\n\n"):  # more than a template puts there itself
+                turns = [(role, f"{space}\ue000{i}aA\n\ue001{space}") for i, role in enumerate(roles)]
+                rendered = "" if self.refuses(turns) else self.render(turns)
+                contents = [content for i, (_, content) in enumerate(turns) if f"\ue000{i}" in rendered]
+                found.append([content in rendered for content in contents])
+                if not all(content.strip() in rendered for content in contents):
+                    found.append([])
+            if any(each != found[0] for each in found):
+                problem = "changes the text of messages other than by trimming it, which is not supported"
+                raise WeightsError(f"the tokenizer's chat template {problem}")
 
 
 def token_text(token: Any) -> str:

@@ -41,6 +41,9 @@ class BatchedDecoder:
         kv_budget: bytes that the keys and values of all sequences may take together, at least one whole sequence.
             None for a quarter of the machine's memory.
 
+    Attributes:
+        least_width: of the attention mask, in tokens; a graph with two rotary tables chooses one of them by that.
+
     Raises:
         CannotBatch: the folder cannot be loaded this way; the message says why.
         InvalidRequest: the budget does not hold one whole sequence, or the context_length is more than the weights
@@ -67,6 +70,7 @@ class BatchedDecoder:
         kv_budget: int | None = None,
     ):
         self.slots = slots
+        self.least_width = 0
         shape = exported.read(folder)
         self.eos = shape.eos
         self.context_length = context_within(context_length, shape.context_length)
@@ -184,12 +188,15 @@ class BatchedDecoder:
         for index in range(row, row + count):
             lengths[index] += new
         ends = np.asarray(lengths[row : row + count])
-        mask = (np.arange(ends.max()) < ends[:, None]).astype(np.int64)
+        mask = (np.arange(max(ends.max(), self.least_width)) < ends[:, None]).astype(np.int64)
         logits = np.empty((count, new, self._vocabulary) if wanted else 0, np.float32)
         binding = self._binding(row, count, wanted)
         shape = self._shape
+        positions = ends[:, None] - new + np.arange(new)
         binding.bind_input(shape.input_ids, "cpu", 0, np.int64, ids.shape, ids.ctypes.data)
         binding.bind_input(shape.attention_mask, "cpu", 0, np.int64, mask.shape, mask.ctypes.data)
+        if shape.position_ids is not None:
+            binding.bind_input(shape.position_ids, "cpu", 0, np.int64, positions.shape, positions.ctypes.data)
         if wanted:
             binding.bind_output(shape.logits, "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         self._session.run_with_iobinding(binding)
@@ -258,6 +265,8 @@ def check_budget(folder: Path, context_length: int | None, budget: int) -> None:
 def _check_graph(session: Any, shape: Exported) -> int:
     """The logits' last dimension, where the graph has the inputs and outputs that genai_config.json names."""
     expected = {shape.input_ids: "tensor(int64)", shape.attention_mask: "tensor(int64)"}
+    if shape.position_ids is not None:
+        expected[shape.position_ids] = "tensor(int64)"
     expected |= dict.fromkeys(shape.past, "tensor(float)")
     _compare("input", expected, session.get_inputs())
     _compare("output", dict.fromkeys([shape.logits, *shape.present], "tensor(float)"), session.get_outputs())

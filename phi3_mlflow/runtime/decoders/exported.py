@@ -22,6 +22,7 @@ class Exported:
     eos: frozenset[int]
     input_ids: str
     attention_mask: str
+    position_ids: str | None  # an input that older exports have
     past: tuple[str, ...]  # key and value of layer 0, of layer 1 and so on; `present` alike
     present: tuple[str, ...]
     logits: str
@@ -54,6 +55,7 @@ def read(folder: Path) -> Exported:
             eos=frozenset(eos if isinstance(eos, list) else [eos]),
             input_ids=inputs.pop("input_ids"),
             attention_mask=inputs.pop("attention_mask"),
+            position_ids=inputs.pop("position_ids", None),
             past=pairs(inputs, "past"),
             present=pairs(outputs, "present"),
             logits=outputs.pop("logits"),

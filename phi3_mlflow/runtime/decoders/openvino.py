@@ -71,6 +71,8 @@ class OpenVinoDecoder:
         quiet: bool = False,
     ):
         shape = exported.read(folder)
+        if shape.position_ids is not None:
+            raise CannotBatch(f"{folder} has the input {shape.position_ids}, which this translation does not know")
         self.slots = slots
         self.eos = shape.eos
         self.context_length = context_within(context_length, shape.context_length)

@@ -9,8 +9,9 @@ from typing import Any
 
 from ..errors import WeightsError, shorten
 from . import files, genai_config, onnx_graph
+from .models import MODELS
 
-__all__ = ["TRANSFORMERS_PARTS", "check", "check_transformers", "onnx_files", "transformers_files"]
+__all__ = ["MODELS", "TRANSFORMERS_PARTS", "check", "check_transformers", "onnx_files", "transformers_files"]
 
 # The folders of a logged transformers model that hold weights.
 TRANSFORMERS_PARTS = ("model", "components")
@@ -88,7 +89,7 @@ def transformers_files(folder: Path, tokenizer: Path) -> list[Path]:
         tokenizer: holds tokenizer.json and tokenizer_config.json.
 
     Raises:
-        WeightsError: a file is missing or makes no sense, the configuration is not that of a Phi-3 in safetensors, or
+        WeightsError: a file is missing or makes no sense, the configuration is not that of a known model, or
             it names code on the hub.
     """
     config = _json(folder / "config.json")
@@ -107,15 +108,16 @@ def transformers_files(folder: Path, tokenizer: Path) -> list[Path]:
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     model_type, architectures = config.get("model_type"), config.get("architectures")
-    if model_type != "phi3":
+    if model_type not in MODELS:
+        known = ", ".join(MODELS)
         if "auto_map" in config:
             raise WeightsError(
                 f"{path} needs Python code of its own (`auto_map`), which is never run here: give a model of "
-                "model_type phi3"
+                f"a model_type that transformers has itself and that is known here ({known})"
             )
-        raise WeightsError(f"{path} has model_type {shorten(model_type)}: it must be phi3")
-    if architectures and "Phi3ForCausalLM" not in architectures:
-        raise WeightsError(f"{path} has architectures {shorten(architectures)}: not Phi3ForCausalLM")
+        raise WeightsError(f"{path} has model_type {shorten(model_type)}: it must be one of {known}")
+    if architectures and MODELS[model_type] not in architectures:
+        raise WeightsError(f"{path} has architectures {shorten(architectures)}: not {MODELS[model_type]}")
     if "transformers_weights" in config:
         raise WeightsError(
             f"{path} has transformers_weights, which names other weights, pickled ones too: remove the key"

@@ -1,8 +1,8 @@
 """What genai_config.json may say: an allow-list, key by key.
 
 onnxruntime-genai loads every native library and opens every file that this configuration names, so what is not in the
-table is refused, whatever it is. The table has what the model builder of onnxruntime-genai writes for Phi-3 (0.3 of
-2024 to 0.18: make_genai_config in models/builders/base.py), and harmless settings of onnxruntime's sessions.
+table is refused, whatever it is. The table has what the model builder of onnxruntime-genai writes for the models here
+(0.3 of 2024 to 0.18: make_genai_config in models/builders/base.py), and harmless settings of onnxruntime's sessions.
 """
 
 import itertools
@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import WeightsError, shorten
 from . import files
+from .models import MODELS
 from .onnx_graph import Graph
 
 NAME = "genai_config.json"
@@ -79,12 +80,14 @@ _COUNT = _integer(1, 65536)
 # Everything that may be there, at its place. Nothing in it can name a library, and one key alone names a file.
 _ALLOWED: Mapping[str, Any] = {
     "model": {
-        "type": _one_of("phi3"),
+        "type": _one_of(*MODELS),
         "context_length": _integer(1, 2**20),
         "vocab_size": _integer(1, 2**20),
         "bos_token_id": _TOKEN,
         "eos_token_id": (_TOKEN, _List(_TOKEN, 64)),  # one, or a list of them
         "pad_token_id": _TOKEN,
+        # The begins and ends of tool calls and of reasoning, which the builder looks up in Qwen's vocabulary.
+        **dict.fromkeys(("bot_token_id", "eot_token_id", "bor_token_id", "eor_token_id"), _TOKEN),
         "decoder": {
             "filename": _text(200),  # of a file beside it, see `read`
             "head_size": _integer(1, 4096),
@@ -253,7 +256,7 @@ def _check(path: Path, value: Any, allowed: Any, where: str) -> None:
             here = files.join(where, name)
             if name not in allowed:
                 raise WeightsError(
-                    f"{path} has the key {here}, which no Phi-3 model needs and which may name code to run: do not "
+                    f"{path} has the key {here}, which no model here needs and which may name code to run: do not "
                     "use this copy, or remove the key if you know where it comes from"
                 )
             _check(path, inner, allowed[name], here)

@@ -14,8 +14,8 @@ from pathlib import Path
 from ..errors import WeightsError, shorten
 from . import files
 
-# Pure arithmetic on tensors: what the model builder of onnxruntime-genai writes for Phi-3 (0.3 of 2024 to 0.18, any
-# execution provider), and what onnxruntime fuses of it when it saves an optimised graph.
+# Pure arithmetic on tensors: what the model builder of onnxruntime-genai writes for the models here (0.3 of 2024 to
+# 0.18, any execution provider), and what onnxruntime fuses of it when it saves an optimised graph.
 _STANDARD = """
     Add And Cast Clip Concat Constant ConstantOfShape Cos DequantizeLinear Div Equal Erf Exp Expand Flatten Gather
     GatherElements Gelu Greater GreaterOrEqual Identity If IsInf LayerNormalization Less LessOrEqual Log MatMul Max Min

@@ -1,0 +1,170 @@
+"""Where a chat template puts the messages of a conversation among text and control tokens.
+
+Knows the names of control tokens; encodes nothing.
+"""
+
+import re
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import jinja2
+
+from .errors import InvalidRequest, WeightsError
+from .templates import ChatTemplate
+
+ROLES = ("system", "user", "assistant")
+
+# Layouts of longer conversations are not kept: a cache of them would hold hundreds of megabytes.
+_CACHED_ROLES = 64
+# A message's place, in white space that shows whether the template trims its messages.
+_SPACE = "\u2003"
+_PLACEHOLDER = re.compile(f"({_SPACE}?)\ue000([0-9]+)\ue001({_SPACE}?)")
+
+
+class Place(NamedTuple):
+    """Where a message's content goes, and whether it is trimmed there."""
+
+    message: int
+    trimmed: bool
+
+    def content(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """What is put there, trimmed as Jinja's filter of that name does."""
+        text = messages[self.message]["content"]
+        return text.strip() if self.trimmed else text
+
+
+# An int is a control token's id.
+Part = int | str | Place
+
+
+class Layouts:
+    """The prompts that a chat template makes, by the roles of a conversation.
+
+    Each turn must begin with its role's mark. That is the control token `<|user|>` (Phi-3), or one that is followed by
+    the role's name (`<|im_start|>user`, `<|start_header_id|>user`); where a template has neither, the text that stands
+    before a user's message and behind it, which a user's own text can imitate.
+
+    Args:
+        template: the chat template.
+        control: the ids of control tokens by their names.
+
+    Attributes:
+        marked: whether control tokens mark the turns, which no text can imitate.
+
+    Raises:
+        WeightsError: the template cannot be used.
+    """
+
+    def __init__(self, template: ChatTemplate, control: Mapping[str, int]):
+        self._template = template
+        self._control = control
+        self._roles = {id: role for role in ROLES if (id := control.get(f"<|{role}|>")) is not None}
+        named = "|".join(re.escape(name) for name in sorted(control, key=len, reverse=True))
+        self._pattern = re.compile(_PLACEHOLDER.pattern + (f"|{named}" if named else ""))
+        self._cached = lru_cache(maxsize=256)(self._split)
+        try:
+            self._marks = self._text_marks()
+            self.layout(("user",))
+        except InvalidRequest as error:
+            raise WeightsError(f"the tokenizer's chat template cannot express a user's message: {error}") from error
+        self.marked = self._marks is None
+
+    def layout(self, roles: tuple[str, ...]) -> Sequence[Part]:
+        """The parts of a prompt for the next assistant message.
+
+        Raises:
+            InvalidRequest: the template cannot express these roles in this order.
+        """
+        return self._cached(roles) if len(roles) <= _CACHED_ROLES else self._split(roles)
+
+    def _split(self, roles: tuple[str, ...]) -> list[Part]:
+        parts = self._parts(roles)
+        self._check(roles, parts)
+        return parts
+
+    def _parts(self, roles: Sequence[str]) -> list[Part]:
+        turns = [(role, f"{_SPACE}\ue000{i}\ue001{_SPACE}") for i, role in enumerate(roles)]
+        try:
+            rendered = self._template.render(turns)
+        except jinja2.TemplateError as error:
+            wrong = bisect_left(range(len(roles) - 1), True, key=lambda i: self._template.refuses(turns[: i + 1]))
+            raise _inexpressible(roles, wrong, f"; it says: {error}") from error
+        parts: list[Part] = []
+        position = 0
+        for match in self._pattern.finditer(rendered):
+            if match.start() > position:
+                parts.append(rendered[position : match.start()])
+            if match[2]:
+                if bool(match[1]) != bool(match[3]):
+                    raise _inexpressible(roles, int(match[2]), "; it trims one side of it alone")
+                parts.append(Place(int(match[2]), not match[1]))
+            else:
+                parts.append(self._control[match[0]])
+            position = match.end()
+        if position < len(rendered):
+            parts.append(rendered[position:])
+        return parts
+
+    def _check(self, roles: tuple[str, ...], parts: Sequence[Part]) -> None:
+        """Every message must appear once, in order, and directly behind its own role's mark."""
+        opened: list[str] = []
+        filled: list[tuple[str, int, int]] = []  # role, message, how many were opened until then
+        for index, part in enumerate(parts):
+            if isinstance(part, Place):
+                filled.append((opened[-1] if opened else "", part.message, len(opened)))
+            else:
+                opened += self._opened(part, parts[index + 1 : index + 2])
+        # A system message of the template's own, where the conversation has none.
+        own = int(opened[:1] == ["system"] != list(roles[:1]))
+        count = own
+        expected = []
+        for index, role in enumerate(roles):
+            if self._marks and role == "system" and index == 0:  # it needs no mark, being the first
+                expected.append(("", 0, 0))
+            else:
+                count += 1
+                expected.append((role, index, count))
+        if filled == expected and opened[own:] == [role for role, *_ in expected if role] + ["assistant"]:
+            return
+        wrong = next((i for i, (a, b) in enumerate(zip(filled, expected, strict=False)) if a != b), len(filled))
+        raise _inexpressible(roles, min(wrong, len(roles) - 1))
+
+    def _opened(self, part: int | str, following: Sequence[Part]) -> Iterator[str]:
+        """The roles whose marks are in a part."""
+        if self._marks:
+            if isinstance(part, str):
+                for match in re.finditer("|".join(map(re.escape, self._marks)), part):
+                    yield self._marks[match[0]]
+        elif isinstance(part, int):
+            text = following[0] if following and isinstance(following[0], str) else ""
+            role = self._roles.get(part) or next((r for r in ROLES if re.match(rf"{r}\b", text)), None)
+            if role:
+                yield role
+
+    def _text_marks(self) -> dict[str, str] | None:
+        """The roles by the text that marks them; None where control tokens do."""
+        self._marks = None
+        parts = self._parts(("user",))
+        places = [index for index, part in enumerate(parts) if isinstance(part, Place)]
+        if any(list(self._opened(part, parts[i + 1 : i + 2])) for i, part in enumerate(parts) if isinstance(part, int)):
+            return None
+        if len(places) != 1:
+            raise _inexpressible(("user",), 0)
+        before, behind = ("".join(p if isinstance(p, str) else "" for p in side).strip() for side in (
+            parts[: places[0]], parts[places[0] + 1 :]
+        ))  # fmt: skip
+        marks = {before.rpartition("\n")[2]: "user", behind.rpartition("\n")[2]: "assistant"}
+        if len(marks) < 2 or "" in marks:
+            raise _inexpressible(("user",), 0, "; nothing in it tells who speaks")
+        return marks
+
+
+def _inexpressible(roles: Sequence[str], wrong: int, reason: str = "") -> InvalidRequest:
+    return InvalidRequest(
+        f"messages[{wrong}].role",
+        f"is {roles[wrong]!r}, and this model's chat template cannot express that there (roles up to it: "
+        f"{', '.join(roles[max(0, wrong - 9) : wrong + 1])}{reason}); use user and assistant in turn, beginning and "
+        "ending with user",
+    )

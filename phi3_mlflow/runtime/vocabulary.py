@@ -1,0 +1,134 @@
+"""What differs between kinds of tokenizers: the bytes of each token, and how text without control tokens is encoded.
+
+Knows the two kinds of BPE that `tokenizer.json` can hold: SentencePiece-style with byte fallback, as Phi-3's, and
+byte-level, as that of Phi-2, Phi-4, Llama 3 and Qwen. Knows no template.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from .errors import WeightsError
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+# What the Unicode normal form C makes of a text is at most so many times shorter in UTF-8 (Hangul, three to one).
+_COMPOSED = 3
+_MOST_IDS = 2**20  # one place in memory for each
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """One tokenizer's vocabulary.
+
+    Attributes:
+        pieces: the UTF-8 bytes that each token id stands for; none for control tokens and ids without a token.
+        control: the added tokens that text never becomes, by their names, as `tokenizer.json` has them.
+        strip: how many spaces are stripped from the beginning of an answer.
+        longest_piece: bytes of text that one token can stand for, at most.
+        first: encodes the first run of a prompt, without control tokens and BOS.
+        inner: encodes the runs behind a control token.
+    """
+
+    pieces: Sequence[bytes]
+    control: Mapping[str, Mapping[str, Any]]
+    strip: int
+    longest_piece: int
+    first: Tokenizer
+    inner: Tokenizer
+
+
+def read(parsed: Mapping[str, Any]) -> Vocabulary:
+    """The vocabulary of a parsed `tokenizer.json`.
+
+    Raises:
+        WeightsError: the tokenizer is of another kind.
+    """
+    if parsed["model"]["type"] == "BPE":
+        decoder = parsed.get("decoder") or {}
+        steps = {step["type"]: step for step in decoder.get("decoders", [decoder])}
+        if "ByteFallback" in steps:
+            return _sentencepiece(parsed, steps)
+        if set(steps) == {"ByteLevel"}:
+            return _byte_level(parsed)
+    raise WeightsError(
+        "tokenizer.json is neither a BPE tokenizer with byte fallback, as Phi-3's is, nor a byte-level one, as Phi-2's"
+    )
+
+
+def _sentencepiece(parsed: Mapping[str, Any], steps: Mapping[str, Mapping[str, Any]]) -> Vocabulary:
+    def piece(name: str) -> bytes:
+        byte = _BYTE_PIECE.fullmatch(name)
+        return bytes.fromhex(byte[1]) if byte else name.replace("\u2581", " ").encode()
+
+    first = inner = _plain(parsed, [])
+    pre_tokenizer = parsed.get("pre_tokenizer") or {}
+    # Here the space before the first word is put at the beginning of the prompt alone.
+    if pre_tokenizer.get("type") == "Metaspace" and pre_tokenizer.get("prepend_scheme") == "first":
+        inner = _plain({**parsed, "pre_tokenizer": {**pre_tokenizer, "prepend_scheme": "never"}}, [])
+    control = {token["content"]: token for token in parsed["added_tokens"]}
+    pieces = _pieces(parsed, {name: piece(name) for name in parsed["model"]["vocab"]})
+    strip = steps.get("Strip", {}).get("start", 0)
+    return Vocabulary(pieces, control, strip, max(map(len, pieces)), first, inner)
+
+
+def _byte_level(parsed: Mapping[str, Any]) -> Vocabulary:
+    normalizer = parsed.get("normalizer")
+    if normalizer is not None and normalizer["type"] != "NFC":
+        raise WeightsError(f"tokenizer.json has the normalizer {normalizer['type']}, which changes what users write")
+    # Runs of spaces and tabs that came later than the vocabulary (Phi-2's) are text: they say nothing to the model
+    # that the same text in other tokens would not.
+    text = [token for token in parsed["added_tokens"] if token["content"].isspace()]
+    control = {token["content"]: token for token in parsed["added_tokens"] if token not in text}
+    names = {**parsed["model"]["vocab"], **{token["content"]: token["id"] for token in text}}
+    pieces = _pieces(parsed, {name: _spelled(name) for name in names}, text)
+    longest = max(map(len, pieces)) * (_COMPOSED if normalizer else 1)
+    plain = _plain(parsed, text)
+    return Vocabulary(pieces, control, 0, longest, plain, plain)
+
+
+def _plain(parsed: Mapping[str, Any], added: Sequence[Mapping[str, Any]]) -> Tokenizer:
+    """A tokenizer with no other added tokens than these.
+
+    So it does not parse `</s>` either, which Phi-3 does not mark as special.
+    """
+    changed = {"added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
+    return Tokenizer.from_str(json.dumps({**parsed, **changed}))
+
+
+def _pieces(
+    parsed: Mapping[str, Any], spelled: Mapping[str, bytes], text: Sequence[Mapping[str, Any]] = ()
+) -> list[bytes]:
+    vocab = {**parsed["model"]["vocab"], **{token["content"]: token["id"] for token in text}}
+    control = {token["id"] for token in parsed["added_tokens"] if token not in text}
+    ids = [*vocab.values(), *control]
+    if not 0 <= min(ids) <= max(ids) < _MOST_IDS:
+        raise WeightsError(
+            f"tokenizer.json has ids from {min(ids)} to {max(ids)}: they must be from 0 to {_MOST_IDS - 1}"
+        )
+    pieces = [b""] * (max(ids) + 1)
+    for name, token in vocab.items():
+        if token not in control:
+            pieces[token] = spelled[name]
+    return pieces
+
+
+def _letters() -> dict[str, int]:
+    """Byte-level BPE's letter for each byte: `bytes_to_unicode` of https://github.com/openai/gpt-2 (src/encoder.py)."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+_LETTERS = _letters()
+
+
+def _spelled(name: str) -> bytes:
+    """The bytes of a byte-level token. As in the tokenizers library, a name with other letters stands for itself."""
+    try:
+        return bytes(map(_LETTERS.__getitem__, name))
+    except KeyError:
+        return name.encode()
