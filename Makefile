@@ -2,6 +2,7 @@
 # make setup  the environment with all extras, in .venv
 # make test   the tests
 # make lint   ruff and mypy
+# make docs   the documentation as a site, in site/
 # make bench  the engine against a bare loop, at full size with random weights (about 20 minutes, on a quiet machine)
 # make soak   30 minutes of random requests
 
@@ -10,7 +11,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 EXTRAS := azure,dev,notebooks,openvino,quantize,serve,spark,transformers
 
-.PHONY: demo setup test lint bench soak clean programs
+.PHONY: demo setup test lint docs bench soak clean programs
 
 # The demo needs less than the tests do, and is somebody's first impression: it installs just that.
 demo: .venv/.core
@@ -26,6 +27,9 @@ lint: .venv/.all
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: .venv/.all
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 bench: .venv/.all
 	$(BIN)/python benchmarks/full_size.py
 	$(BIN)/python benchmarks/engine.py
@@ -38,7 +42,7 @@ soak: .venv/.all
 	$(BIN)/python benchmarks/soak.py --minutes 30
 
 clean:
-	rm -rf .venv .azurite .node .bench .demo
+	rm -rf .venv .azurite .node .bench .demo site
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

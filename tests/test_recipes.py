@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 300
 
 
-def blocks(heading: str, language: str = "python", file: str = "README.md") -> list[str]:
+def blocks(heading: str, language: str = "python", file: str = "docs/recipes.md") -> list[str]:
     """The code below a heading."""
     chapter = re.search(rf"^{re.escape(heading)}\n(.*?)(?=^#+ |\Z)", without_code_comments(file), re.M | re.S)
     assert chapter, heading
@@ -51,7 +51,7 @@ def registered():
 
 
 def test_evaluation_scores_the_models_answers(registered, tmp_path):
-    [code] = blocks("### Evaluate")
+    [code] = blocks("## Evaluate")
     after = "\nprint([metric.key for metric in mlflow.get_logged_model(model.model_id).metrics])"
     printed = run(code + after, tmp_path)
     assert re.search(r"'right/mean': (np\.float64\()?1\.0", printed)
@@ -59,7 +59,7 @@ def test_evaluation_scores_the_models_answers(registered, tmp_path):
 
 
 def test_a_candidate_that_is_equal_gets_the_champions_alias(registered, tmp_path):
-    [code] = blocks("### Compare", "bash")
+    [code] = blocks("## Compare", "bash")
     printed = run(code, tmp_path, ("bash", "-ec"))
     assert "the alias champion of phi3 means version 2 (was version 1)" in printed
     assert str(mlflow.MlflowClient().get_model_version_by_alias("phi3", "champion").version) == "2"
@@ -75,14 +75,14 @@ def test_both_builders_models_are_compared_on_the_command_line_and_in_python(reg
 
 
 def test_tracing_shows_the_tokens_on_the_models_page(registered, tmp_path):
-    [code] = blocks("### Trace")
+    [code] = blocks("## Trace")
     printed = run(code, tmp_path)
     assert "The capital of Spain is Madrid." in printed
     assert "'input_tokens': 14, 'output_tokens': 8" in printed
 
 
 def test_an_answer_streams_without_mlflow_and_pandas(tmp_path):
-    [code] = blocks("## How it works")
+    [code] = blocks("# How it works", file="docs/how-it-works.md")
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     loaded = "\nimport sys\nprint({name.partition('.')[0] for name in sys.modules} & {'mlflow', 'pandas', 'torch'})"
     answer, modules = run(code + loaded, tmp_path).splitlines()
