@@ -828,6 +828,29 @@ def test_a_short_prompt_does_not_wait_for_a_long_one_and_the_long_one_moves(star
     assert long.job.generation.sampled == 1
 
 
+def test_before_an_answer_has_ended_those_that_run_say_how_long_one_takes(start):
+    reached, go_on = threading.Event(), threading.Event()
+    steps = itertools.count(1)
+
+    def on_call(name, slot, ids):
+        if name == "decode" and next(steps) == 10:
+            reached.set()
+            go_on.wait(PATIENCE)
+
+    decoder = FakeDecoder(script=lambda prompt: [6] * 500, on_call=on_call, context_length=1000)
+    scheduler = start(decoder, speculation=False)
+    one = ask(scheduler, [5, 6, 7, 8], 497)
+    assert reached.wait(PATIENCE)
+    (slot,) = scheduler._slots
+    before = time.monotonic() - slot.job.admitted
+    estimate = scheduler._taken(slot)
+    after = time.monotonic() - slot.job.admitted
+    go_on.set()
+    assert before * 500 / 13 <= estimate <= after * 500 / 13  # 13 of 500 tokens are there
+    one.result()
+    assert scheduler._pace > 0
+
+
 def test_waiting_jobs_are_looked_through_while_others_come(start):
     """Thousands come from several threads while those whose patience is over are taken out: nobody is forgotten."""
     scheduler = start(FakeDecoder(on_call=lambda name, slot, ids: time.sleep(0.001)), queue_timeout=0.02)

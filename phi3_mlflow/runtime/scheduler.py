@@ -155,10 +155,20 @@ class Scheduler:
 
     def _patience(self) -> int:
         """Seconds until a request that comes now is begun, if the jobs are like those before. The lock is held."""
-        now = time.monotonic()
-        running = [now - slot.job.admitted for slot in self._slots if slot.job is not None]
+        taken = max([self._pace, *map(self._taken, self._slots)])
         ahead = max(1, self._waiting.unbegun)
-        return math.ceil(max(1.0, max(self._pace, *running, 0.0) * ahead / len(self._slots)))
+        return math.ceil(max(1.0, taken * ahead / len(self._slots)))
+
+    def _taken(self, slot: Slot) -> float:
+        """Seconds that a slot's job takes at least; before any has ended, what it takes in all at its present pace."""
+        job = slot.job
+        if job is None:
+            return 0.0
+        taken = time.monotonic() - job.admitted
+        done = len(slot.tokens) - job.reused
+        if self._pace or done <= 0:
+            return taken
+        return taken * (job.generation.most_tokens - job.reused) / done
 
     def _run(self) -> None:
         why = _closed()
