@@ -15,6 +15,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -79,8 +80,9 @@ class Bench:
     def __init__(self, folder: Path, **settings: Any):
         self.watched = Watched(onnx_decoder(folder, settings))
         # What idle time computes for the next turn of a conversation would disturb the next measurement; and random
-        # weights go round in circles, which proposals would make fast: speculation.py measures them.
-        service = Service(Tokens.from_folder(folder), self.watched, renew_after=None, speculation=False)
+        # weights go round in circles, which proposals would make fast: speculation.py measures them. Where a decoder
+        # mixes them, prompts are to be read at once, so that all decode together soon.
+        service = Service(Tokens.from_folder(folder), self.watched, renew_after=None, speculation=False, token_gap=60.0)
         self.predictor = Predictor(service)
         self._random = random.Random(0)
         # The answers are as long as they are asked to be.
@@ -147,12 +149,16 @@ def measure(asked: argparse.Namespace) -> dict[str, list[float]]:
     """All numbers by their names, one for each round: rates in tokens/s, times in s; memory in GiB, once."""
     settings = {"context_length": asked.context} | ({"threads": asked.threads} if asked.threads else {})
     prompt, tokens = asked.prompt, asked.tokens
-    batched = Bench(asked.folder, parallel=max(CONCURRENCIES), **settings)
+    batched = Bench(asked.folder, engine="onnxruntime", parallel=max(CONCURRENCIES), **settings)
     loaded = machine.resident()
     machine.forget_peak()
     batched.together(max(CONCURRENCIES), prompt, 4)
     cache = sum(batched.watched._kv.lengths) * batched.watched._kv.position_bytes
     memory = {"loaded": loaded, "cache": cache, "above": machine.peak() - loaded - cache}
+    several = {"batched": batched}
+    if find_spec("openvino"):
+        several["openvino"] = Bench(asked.folder, engine="openvino", parallel=max(CONCURRENCIES), **settings)
+        several["openvino"].together(max(CONCURRENCIES), prompt, 4)
     genai = Bench(asked.folder, **settings)
     genai.ask(genai.text(prompt), 2)
     peer = None
@@ -168,8 +174,9 @@ def measure(asked: argparse.Namespace) -> dict[str, list[float]]:
         found["genai 1"].append(genai.together(1, prompt, tokens))
         found["genai overhead"].append(genai.watched.overhead())
         for count in CONCURRENCIES:
-            found[f"batched {count}"].append(batched.together(count, prompt, tokens))
-            found[f"batched overhead {count}"].append(batched.watched.overhead())
+            for name, bench in several.items():
+                found[f"{name} {count}"].append(bench.together(count, prompt, tokens))
+                found[f"{name} overhead {count}"].append(bench.watched.overhead())
             if peer is not None:
                 found[f"llama.cpp {count}"].append(peer.rate(count, prompt, tokens))
     return found | {f"memory {name}": [amount / 2**30] for name, amount in memory.items()}
@@ -182,7 +189,12 @@ def rates(found: Mapping[str, float]) -> Iterator[str]:
     yield "|---|" + "---:|" * len(counts)
     yield f"| bare generate loop of onnxruntime-genai | {found['bare']:.1f} |" + " |" * (len(counts) - 1)
     yield f"| `predict`, through onnxruntime-genai | {found['genai 1']:.1f} |" + " |" * (len(counts) - 1)
-    for name, label in (("batched", "`predict`, `parallel` = 8"), ("llama.cpp", "llama.cpp, Q4_0")):
+    labels = {
+        "batched": "`predict`, `parallel` = 8, through onnxruntime",
+        "openvino": "`predict`, `parallel` = 8, through OpenVINO",
+        "llama.cpp": "llama.cpp, Q4_0",
+    }
+    for name, label in labels.items():
         if f"{name} 1" in found:
             numbers = [f"{found[f'{name} {count}']:.1f}" for count in counts]
             yield f"| {label} | {' | '.join(numbers)} |"

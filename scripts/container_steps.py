@@ -145,13 +145,13 @@ def inside(
     arguments += ["--bind" if build else "--ro-bind", str(image.root), "/"]
     for name in _BASE:
         arguments += ["--ro-bind", f"/{name}", f"/{name}"]
+    arguments += ["--perms", "1777", "--tmpfs", "/tmp"]  # as engines mount it; what follows may lie below it
     if Path("/usr") != PYTHON:
         arguments += ["--ro-bind", str(PYTHON), str(PYTHON)]
     if image.virtualenv:
         own = str(image.virtualenv)  # programs in it begin with its path
         arguments += ["--ro-bind", own, own, "--ro-bind", own, "/opt/venv"]
     arguments += ["--ro-bind", str(PROBE.parent), "/probe", "--proc", "/proc", "--dev", "/dev"]
-    arguments += ["--perms", "1777", "--tmpfs", "/tmp"]  # as engines mount it
     environment = {"PATH": f"{PYTHON}/bin:/usr/bin:/bin", **image.environment, **(variables or {})}
     for key, value in environment.items():
         arguments += ["--setenv", key, value]

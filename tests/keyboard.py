@@ -19,7 +19,11 @@ _COLUMNS, _LINES = 160, 500
 PATIENCE = 120  # seconds; only what is broken takes as long
 CTRL_C, CTRL_D, UP, ENTER, BACKSPACE = "\x03", "\x04", "\x1b[A", "\r", "\x7f"
 NEW_LINE = "\x1b\r"  # Alt-Enter
-_CONTROLLING = "import fcntl, os, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+# Also where the tests run in the background, where Ctrl-C is ignored.
+_CONTROLLING = (
+    "import fcntl, os, signal, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+)
 _MAIN = "from phi3_mlflow.cli import main\nmain()\n"
 
 

@@ -176,7 +176,7 @@ def test_a_node_has_one_process_with_the_model_and_no_worker_has_it(spark, onnx_
         assert [each for each in models(room) if each not in before] == [process]
         assert len(job.result(PATIENCE)) == 40
 
-    assert len(libraries) == 2
+    assert len(libraries) >= 2  # Spark keeps some for later
     assert not any("onnxruntime" in each or "mlflow" in each for each in libraries)
     assert "onnxruntime" in loaded(process)
 

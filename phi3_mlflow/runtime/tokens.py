@@ -208,9 +208,10 @@ class TextDecoder:
 
     def step(self, token: int) -> str:
         """The text that this token completes, often a word, sometimes nothing."""
-        piece, self._stripped = self._pieces[token], self._strip
+        piece = self._pieces[token]
         held = self._utf8.getstate()[0]
         self.carried = _carried(held, piece) if held and piece else 0
+        self._stripped = 0 if self.carried else self._strip
         return self._trim(self._utf8.decode(piece))
 
     def flush(self) -> str:
