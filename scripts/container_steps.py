@@ -150,6 +150,9 @@ def inside(
         arguments += ["--ro-bind", str(PYTHON), str(PYTHON)]
     if image.virtualenv:
         own = str(image.virtualenv)  # programs in it begin with its path
+        for parent in reversed(image.virtualenv.parents):
+            if Path("/tmp") in parent.parents:  # bwrap would make it for root alone
+                arguments += ["--perms", "0755", "--dir", str(parent)]
         arguments += ["--ro-bind", own, own, "--ro-bind", own, "/opt/venv"]
     arguments += ["--ro-bind", str(PROBE.parent), "/probe", "--proc", "/proc", "--dev", "/dev"]
     environment = {"PATH": f"{PYTHON}/bin:/usr/bin:/bin", **image.environment, **(variables or {})}

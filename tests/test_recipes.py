@@ -46,7 +46,10 @@ def run(code: str, folder: Path, program: tuple[str, ...] = (sys.executable, "-c
 
 @pytest.fixture(scope="module")
 def registered():
-    """The model that the recipes name."""
+    """The model that the recipes name: its first version, also where other tests have registered one."""
+    client = mlflow.MlflowClient()
+    if client.search_registered_models("name = 'phi3'"):
+        client.delete_registered_model("phi3")
     onnx.log_model(name="phi3", registered_model_name="phi3", alias="champion")
 
 
