@@ -325,3 +325,22 @@ def test_a_copy_in_another_place_has_the_same_digest_and_verifies(folder, tmp_pa
     os.utime(copy / "model.onnx", (0, 0))
     manifest.verify(copy)
     assert manifest.digest(copy) == before
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a device"])
+def test_what_may_never_end_is_not_read(folder, kind):
+    manifest.write(folder)
+    name = next(iter(json.loads((folder / manifest.NAME).read_text())["files"]))
+    (folder / name).unlink()
+    if kind == "a pipe":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).symlink_to("/dev/zero")
+    with pytest.raises(WeightsError, match="is no file: do not use this copy"):
+        manifest.verify(folder)
+
+
+def test_a_manifest_that_is_a_pipe_is_not_read(folder):
+    os.mkfifo(folder / manifest.NAME)
+    with pytest.raises(WeightsError, match=r"manifest\.json is no file"):
+        manifest.verify(folder)

@@ -1,6 +1,7 @@
 """The MLmodel file of a logged model. Run: pytest tests/test_mlmodel.py."""
 
 import json
+import os
 import time
 
 import pytest
@@ -36,6 +37,9 @@ ODD = {
     "a date that is none": ("a: 2020-99-99\n", "is no YAML"),
     "a depth": ("[" * 5000, "is no YAML"),
     "a list as a key": ("? [a]\n: b\n", "is no YAML"),
+    "a number without digits": ("a: !!int ''\n", "is no YAML"),
+    "a truth that is none": ("a: !!bool x\n", "is no YAML"),
+    "a time that is none": ("a: !!timestamp foo\n", "is no YAML"),
     "too much": ("a: " + "x" * 2**20, "has more than 1048576 bytes"),
     "flavors that are a list": (json.dumps(GOOD | {"flavors": []}), r"has flavors \[\]: it must be a mapping"),
     "a flavor that is a text": (
@@ -87,6 +91,10 @@ def test_a_file_that_is_not_there_is_told(tmp_path):
     with pytest.raises(FormatError, match="is not a logged model: it has no MLmodel file that can be read"):
         mlmodel.read(tmp_path)
     (tmp_path / "MLmodel").mkdir()
+    with pytest.raises(FormatError, match="it has no MLmodel file that can be read"):
+        mlmodel.read(tmp_path)
+    (tmp_path / "MLmodel").rmdir()
+    os.mkfifo(tmp_path / "MLmodel")
     with pytest.raises(FormatError, match="it has no MLmodel file that can be read"):
         mlmodel.read(tmp_path)
 

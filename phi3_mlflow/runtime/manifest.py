@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -188,10 +189,14 @@ def _outside(folder: Path, within: Sequence[str], files: Mapping[str, Mapping[st
     """What can be seen of the files without reading them: names that are missing or too many, and sizes."""
     for name, entry in files.items():
         try:
-            size = (folder / name).stat().st_size
+            found = (folder / name).stat()
         except OSError as error:
             yield name, f"{folder / name} is listed in {NAME} but cannot be read: {why(error)}"
             continue
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):  # a pipe or a device may never end
+            yield name, f"{folder / name} is no file: do not use this copy"
+            continue
+        size = found.st_size
         if size != entry["size"]:
             yield (
                 name,
@@ -207,7 +212,10 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
     """The manifest's entries by file name, each checked to be well formed."""
     path = folder / NAME
     try:
-        if (size := path.stat().st_size) > _MOST_BYTES:
+        found = path.stat()
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+            raise WeightsError(f"{path} is no file: do not use this copy")
+        if (size := found.st_size) > _MOST_BYTES:
             raise WeightsError(f"{path} has {size} bytes, and at most {_MOST_BYTES} are read: do not use this copy")
         content = json.loads(path.read_bytes())
     except OSError as error:

@@ -50,6 +50,8 @@ def read(folder: Path) -> dict[str, Any]:
 
     path = folder / NAME
     try:
+        if path.exists() and not path.is_file():  # a pipe would never be read to its end
+            raise FormatError(f"{folder} is not a logged model: it has no {NAME} file that can be read")
         with path.open("rb") as stream:
             content = stream.read(_MOST_BYTES + 1)
     except OSError as error:
@@ -61,7 +63,7 @@ def read(folder: Path) -> dict[str, Any]:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, yaml.SafeLoader)):
             raise FormatError(f"{path} has YAML aliases (*), which no logged model has: do not use this copy")
         data = yaml.safe_load(content)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # odd tags, too
         problem = " ".join(str(error).split())[:200]
         raise FormatError(f"{path} is no YAML: {problem}; copy the model again, or log it again") from error
     if not isinstance(data, dict):
