@@ -193,7 +193,7 @@ def _outside(folder: Path, within: Sequence[str], files: Mapping[str, Mapping[st
         except OSError as error:
             yield name, f"{folder / name} is listed in {NAME} but cannot be read: {why(error)}"
             continue
-        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):  # a pipe or a device may never end
+        if _is_endless(found):
             yield name, f"{folder / name} is no file: do not use this copy"
             continue
         size = found.st_size
@@ -213,7 +213,7 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / NAME
     try:
         found = path.stat()
-        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        if _is_endless(found):
             raise WeightsError(f"{path} is no file: do not use this copy")
         if (size := found.st_size) > _MOST_BYTES:
             raise WeightsError(f"{path} has {size} bytes, and at most {_MOST_BYTES} are read: do not use this copy")
@@ -232,6 +232,11 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
     for name, entry in files.items():
         _check_entry(path, name, entry)
     return files
+
+
+def _is_endless(found: os.stat_result) -> bool:
+    """Whether reading may never come to an end, as with a pipe or a device."""
+    return not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode))
 
 
 def _check_entry(path: Path, name: str, entry: object) -> None:

@@ -50,8 +50,8 @@ def read(folder: Path) -> dict[str, Any]:
 
     path = folder / NAME
     try:
-        if path.exists() and not path.is_file():  # a pipe would never be read to its end
-            raise FormatError(f"{folder} is not a logged model: it has no {NAME} file that can be read")
+        if not path.is_file():  # a pipe would never be read to its end
+            raise FileNotFoundError(path)
         with path.open("rb") as stream:
             content = stream.read(_MOST_BYTES + 1)
     except OSError as error:
