@@ -6,13 +6,12 @@ Run: pytest tests/test_bench.py
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 
 import mlflow
 import pytest
 from click.testing import CliRunner
+from interrupts import interrupted
 
 from phi3_mlflow.bench.requests import Requests, subject
 from phi3_mlflow.builders import onnx, transformers
@@ -264,25 +263,10 @@ def test_ctrl_c_ends_it_at_once_and_without_a_traceback(saved, tmp_path):
     # Most of the requests are still waiting in the queue when it comes.
     sizes = ["--prompt-tokens", "3000", "--tokens", "9", "--concurrency", "24"]
     command = [sys.executable, "-m", "phi3_mlflow", "bench", str(saved["transformers"]), *sizes]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd=tmp_path,
-        # A test run in the background of a shell has the signal ignored, and would hand that down.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    shown = b""
-    try:
-        while b"bench:" not in shown and (more := process.stderr.read1()):  # the progress bar, after two seconds
-            shown += more
-        process.send_signal(signal.SIGINT)
-        out, error = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    # The progress bar comes after two seconds.
+    status, out, error = interrupted(command, b"bench:", 60, cwd=tmp_path)
 
-    assert b"bench:" in shown
-    assert process.returncode == 1
+    assert status == 1
     assert out == b""
     assert error.endswith(b"Aborted!\n")
     assert b"Traceback" not in error

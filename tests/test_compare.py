@@ -7,9 +7,7 @@ import json
 import os
 import random
 import re
-import signal
 import socket
-import subprocess
 import sys
 from collections import Counter
 from statistics import NormalDist
@@ -19,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from interrupts import interrupted
 from spoiled import spoil
 
 from phi3_mlflow.builders import onnx
@@ -293,25 +292,10 @@ def test_ctrl_c_ends_it_and_the_alias_stays(versions, tmp_path):
     }
     path.write_text((json.dumps(row) + "\n") * 2000, "utf-8")
     command = [sys.executable, "-m", "phi3_mlflow", "compare", *versions[:2], "--questions", path, "--gate", "patient"]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "MLFLOW_EXPERIMENT_NAME": "tests"},
-        # A test run in the background of a shell has the signal ignored, and would hand that down.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    shown = b""
-    try:
-        while b"compare:" not in shown and (more := process.stderr.read1()):  # the progress bar, after two seconds
-            shown += more
-        process.send_signal(signal.SIGINT)
-        out, error = process.communicate(timeout=120)
-    finally:
-        process.kill()
+    # The progress bar comes after two seconds.
+    status, out, error = interrupted(command, b"compare:", 120, env={**os.environ, "MLFLOW_EXPERIMENT_NAME": "tests"})
 
-    assert b"compare:" in shown, shown
-    assert (process.returncode, out) == (1, b"")
+    assert (status, out) == (1, b"")
     assert error.endswith(b"Aborted!\n")
     assert b"Traceback" not in error
     assert meaning("patient") == "1"
