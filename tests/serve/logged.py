@@ -1,12 +1,12 @@
 """Registered versions of the embedded model, whole, damaged and slow ones, for the tests of serving several models."""
 
 import asyncio
+import fcntl
 import functools
-import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,9 @@ def damaged() -> str:
 
 
 class Slow:
-    """A copy of a model's folder that cannot be loaded before `finish` is called: its manifest is a named pipe.
+    """A copy of a model's folder that cannot be loaded before `finish` is called: a lease holds its manifest.
+
+    Whoever opens a file with a lease (fcntl(2)) waits for its end, at most for /proc/sys/fs/lease-break-time (45 s).
 
     Args:
         model: a saved model of the ONNX builder.
@@ -61,21 +63,13 @@ class Slow:
 
     def __init__(self, model: Path, folder: Path):
         self.folder = shutil.copytree(model, folder)
-        self._manifest = self.folder / "artifacts" / "weights" / "manifest.json"
-        self._whole, self._pipe = folder.with_name("manifest.json"), folder.with_name("pipe")
-        self._manifest.rename(self._whole)
-        os.mkfifo(self._pipe)
-        os.link(self._pipe, self._manifest)
+        self._held = (self.folder / "artifacts" / "weights" / "manifest.json").open("rb")
+        fcntl.fcntl(self._held, fcntl.F_SETSIG, signal.SIGURG)  # says that somebody waits; nobody listens
+        fcntl.fcntl(self._held, fcntl.F_SETLEASE, fcntl.F_WRLCK)
 
     def finish(self) -> None:
         """Lets the load that waits go on, and later ones too. Harmless the second time."""
-        if self._whole.exists():
-            content = self._whole.read_bytes()
-            self._whole.replace(self._manifest)
-            with suppress(OSError):  # nobody reads it
-                writer = os.open(self._pipe, os.O_WRONLY | os.O_NONBLOCK)
-                os.write(writer, content)
-                os.close(writer)
+        self._held.close()
 
 
 async def ask(models: Models, name: str | None = None, body: dict[str, Any] | None = None) -> str:
