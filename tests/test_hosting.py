@@ -15,9 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from fakes import TOKENS, FakeDecoder, spell
 from scoring import post
 
 from phi3_mlflow.runtime import hosting
+from phi3_mlflow.runtime.errors import Unavailable
+from phi3_mlflow.runtime.service import Service
 from phi3_mlflow.serving import served
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,3 +117,19 @@ def test_elsewhere_than_in_a_server_nothing_is_touched(monkeypatch):
     monkeypatch.setenv("__pyfunc_model_path__", "model")
     hosting.attend(lambda: None)  # no event loop runs here
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_nothing_begins_for_a_client_that_has_left():
+    service = Service(TOKENS, FakeDecoder(lambda prompt: spell("madrid yes")))
+    row = service.prepare(service.parse({"messages": [{"role": "user", "content": "hello"}]}))
+    with hosting.hosted() as hosted:
+        begun = hosting.watch()
+        answered = dict(service.run_table([row], begun=begun))
+        hosted.leave()
+        refused = dict(service.run_table([row], begun=begun))
+
+    assert answered[0].choices[0].text == "madrid yes"
+    assert isinstance(refused[0], Unavailable)
+    assert "the client has left" in str(refused[0])
+    assert len(hosted.runs) == service.statistics().ended == 1
+    service.close()

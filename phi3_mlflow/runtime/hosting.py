@@ -18,6 +18,7 @@ from typing import Any
 
 from mlflow.environment_variables import MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT
 
+from .errors import Unavailable
 from .runs import Run
 
 # Set by mlflow.pyfunc.scoring_server: by the server's command for its workers, and when it has loaded the model.
@@ -52,8 +53,19 @@ class Hosted:
         if left:
             end()
 
+    def begin(self, run: Run) -> None:
+        """Notes a run that is about to be begun.
+
+        Raises:
+            Unavailable: the client has left; who counts the request has counted its runs.
+        """
+        with self._lock:
+            if self._left:
+                raise Unavailable("the client has left")
+            self.runs.append(run)
+
     def leave(self) -> None:
-        """Ends the work, also what is begun later: the client has left."""
+        """Ends the work, and lets none begin: the client has left."""
         with self._lock:
             self._left = True
             ends = list(self._ends)
@@ -120,9 +132,9 @@ def call_when_left(end: Callable[[], None]) -> None:
 
 
 def watch() -> Callable[[Run], object]:
-    """What is to be called, in any thread, with each run that is begun for this thread's request."""
+    """What is to be called, in any thread, with each run that is begun for this thread's request; see Hosted.begin."""
     request = _current.get()
-    return (lambda run: None) if request is None else request.runs.append
+    return (lambda run: None) if request is None else request.begin
 
 
 def attend(end: Callable[[], None]) -> None:

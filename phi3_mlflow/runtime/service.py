@@ -189,7 +189,7 @@ class Service:
         Args:
             rows: what to answer.
             deadline: on time.monotonic()'s clock; what is not begun by then gets no answer.
-            begun: called with each run when it is made, in any thread.
+            begun: called with each run before it is begun, in any thread; what it raises ends all rows that are left.
 
         Raises:
             Busy: too many requests are waiting already.
