@@ -147,7 +147,7 @@ def metrics(address: str) -> Counter[str]:
     return found
 
 
-def settle(address: str, seconds: float = 60.0) -> None:
+def settle(address: str, seconds: float = 300.0) -> None:
     """Waits until nothing is under way."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
