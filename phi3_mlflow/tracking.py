@@ -1,12 +1,15 @@
 """The tracking store that MLflow is set to: whether it answers, and whether it knows a model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import mlflow
 from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
 from mlflow.exceptions import MlflowException
 
 from phi3_mlflow.runtime.errors import Phi3Error
 
-_PATIENCE = 20  # seconds for the first answer
+_PATIENCE = 20  # seconds for an answer
 
 
 def check() -> None:
@@ -15,17 +18,30 @@ def check() -> None:
     Raises:
         Phi3Error: it does not. MLflow itself would try for minutes.
     """
-    before = MLFLOW_HTTP_REQUEST_MAX_RETRIES.get_raw(), MLFLOW_HTTP_REQUEST_TIMEOUT.get_raw()
-    MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(0)
-    MLFLOW_HTTP_REQUEST_TIMEOUT.set(_PATIENCE)
     try:
-        mlflow.MlflowClient().search_experiments(max_results=1)
+        with impatient(retries=0):
+            mlflow.MlflowClient().search_experiments(max_results=1)
     except MlflowException as error:
         reason = str(error).splitlines()[0]
         raise Phi3Error(f"the tracking store {mlflow.get_tracking_uri()} does not answer: {reason}") from error
+
+
+@contextmanager
+def impatient(retries: int = 1) -> Iterator[None]:
+    """For the length of a block, calls of a store that is gone fail within seconds; MLflow would try each for minutes.
+
+    Args:
+        retries: after a call that failed.
+    """
+    values = {MLFLOW_HTTP_REQUEST_MAX_RETRIES: retries, MLFLOW_HTTP_REQUEST_TIMEOUT: _PATIENCE}
+    before = {variable: variable.get_raw() for variable in values}
+    for variable, value in values.items():
+        variable.set(value)
+    try:
+        yield
     finally:
-        for variable, value in zip((MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT), before, strict=True):
-            variable.unset() if value is None else variable.set(value)
+        for variable, raw in before.items():
+            variable.unset() if raw is None else variable.set(raw)
 
 
 def known(model_id: str | None) -> bool:

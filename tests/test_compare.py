@@ -9,6 +9,7 @@ import random
 import re
 import socket
 import sys
+import time
 from collections import Counter
 from statistics import NormalDist
 
@@ -19,6 +20,7 @@ import pytest
 from click.testing import CliRunner
 from interrupts import interrupted
 from spoiled import spoil
+from stores import server
 
 from phi3_mlflow.builders import onnx
 from phi3_mlflow.cli import cli
@@ -301,6 +303,37 @@ def test_ctrl_c_ends_it_and_the_alias_stays(versions, tmp_path):
     assert meaning("patient") == "1"
     (run,) = mlflow.search_runs(order_by=["attributes.start_time DESC"], output_format="list", max_results=1)
     assert (run.info.run_name, run.info.status) == (f"compare {NAME}/1 {NAME}/2", "FAILED")
+
+
+def test_a_tracking_server_that_is_lost_in_the_middle_costs_the_run_and_not_the_numbers(seven, tracking, tmp_path):
+    measure = comparison._measure
+
+    def lose(*arguments):
+        process.kill()
+        process.wait()
+        return measure(*arguments)
+
+    with server(tmp_path, f"sqlite:///{tmp_path / 'db'}") as (address, process), pytest.MonkeyPatch.context() as patch:
+        mlflow.set_tracking_uri(address)
+        mlflow.set_experiment("lost")
+        try:
+            for _ in range(2):
+                onnx.log_model(registered_model_name=NAME)
+            patch.setattr(comparison, "_measure", lose)
+            start = time.monotonic()
+            result = compare(*TWO, "--questions", seven, "--gate", "champion", *FEW)
+        finally:
+            mlflow.set_tracking_uri(tracking)
+            mlflow.set_experiment("tests")
+
+    assert time.monotonic() - start < 120
+    assert result.exit_code == 1
+    assert "| right " in result.stdout
+    assert "kept    margin" in result.stdout
+    assert "the alias champion of compared stays as it is" in result.stdout
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert line.startswith(f"Error: what was measured is not in MLflow: the tracking store {address} does not answer: ")
+    assert "Traceback" not in result.stderr
 
 
 def test_questions_may_be_a_table_with_cells_that_are_empty():

@@ -44,12 +44,18 @@ def compare(
     from phi3_mlflow.compare.gate import Bounds
     from phi3_mlflow.compare.report import table
 
+    unfinished = None
     with no_bars():
-        result = comparison.compare(models, questions, gate=gate, bounds=Bounds(margin, drift, slowdown), seed=seed)
+        try:
+            result = comparison.compare(models, questions, gate=gate, bounds=Bounds(margin, drift, slowdown), seed=seed)
+        except comparison.Unfinished as error:
+            unfinished, result = error, error.result
     if as_json:
         click.echo(json.dumps(result, indent=2, ensure_ascii=False))
     else:
         click.echo(table(result))
         click.echo(f"\nrun {result['run_id']}")
+    if unfinished is not None:
+        raise unfinished
     if gate is not None and not result["gate"]["passed"]:
         context.exit(1)

@@ -31,6 +31,20 @@ from .uncertainty import interval, ratio, share_interval
 Scores = list[dict[str, bool]]
 
 
+class Unfinished(Phi3Error):
+    """A comparison that was measured, and that the tracking store or the registry could not be told of.
+
+    Attributes:
+        result: what `compare` would have returned; the gate has not passed.
+    """
+
+    def __init__(self, problem: str, error: Exception, result: dict[str, Any]):
+        super().__init__(problem + (str(error) or type(error).__name__).splitlines()[0])
+        self.result = result
+        if "gate" in result:
+            result["gate"]["passed"] = False
+
+
 def compare(
     models: Sequence[str],
     questions: "str | Path | pd.DataFrame | Sequence[Mapping[str, Any]] | None" = None,
@@ -57,8 +71,8 @@ def compare(
 
     Raises:
         InvalidRequest: a question or a bound is not one.
-        Phi3Error: a model failed, the tracking store does not answer, or the alias was moved by somebody else. The
-            alias is where it was then.
+        Unfinished: the tracking store was lost on the way, or the alias was moved by somebody else; has the result.
+        Phi3Error: a model failed, or the tracking store does not answer at the start. The alias is where it was then.
     """
     if len(models) < 2:
         raise InvalidRequest("MODEL", f"is given {len(models)} times; it takes two models to compare")
@@ -71,40 +85,53 @@ def compare(
     if gate is not None:
         bounds.check(sum(bool(question.expectations) for question in asked))
         door = open_gate(names, gate)
-    with ExitStack() as stack:
-        # With a tracking server, MLflow prints the addresses of runs on stdout.
-        stack.enter_context(redirect_stdout(sys.stderr))
-        subjects = stack.enter_context(loaded(names))
-        run = stack.enter_context(mlflow.start_run(run_name=f"compare {' '.join(each.label for each in subjects)}"))
-        answers, agreements = _measure(subjects, asked)
-        scores = [
-            [score(scorers, question, answer.text) for question, answer in zip(asked, given, strict=True)]
-            for given in answers
-        ]
-        measured = [
-            _model(subject, given, scored, alike, seed)
-            for subject, given, scored, alike in zip(subjects, answers, scores, agreements, strict=True)
-        ]
-        result: dict[str, Any] = {
-            "models": measured,
-            "questions": len(asked),
-            "answers": _rows(subjects, asked, answers, scores, agreements),
-            "machine": machine(),
-            "run_id": run.info.run_id,
-        }
-        if door is not None:
-            right = [(_right(own), _right(other)) for own, other in zip(*scores, strict=True) if own]
-            drifts = [each.drift for each in agreements[1] or ()]
-            times = [(other.total_ms, own.total_ms) for own, other in zip(*answers, strict=True)]
-            result["gate"] = as_dict(door, judge(bounds, right, drifts, times, seed), bounds)
-        linked = [LoggedModelInput(each.model_id) for each in subjects if each.model_id is not None]
-        if linked:
-            mlflow.MlflowClient().log_inputs(run.info.run_id, models=linked)
-        for subject, given, scored, found in zip(subjects, answers, scores, measured, strict=True):
-            _evaluate(subject, asked, scorers, given, scored, found)
-        log_run(result)
+    result: dict[str, Any] | None = None
+    lost: Exception | None = None
+    try:
+        with ExitStack() as stack:
+            # With a tracking server, MLflow prints the addresses of runs on stdout.
+            stack.enter_context(redirect_stdout(sys.stderr))
+            subjects = stack.enter_context(loaded(names))
+            stack.enter_context(tracking.impatient())
+            run = stack.enter_context(mlflow.start_run(run_name=f"compare {' '.join(each.label for each in subjects)}"))
+            answers, agreements = _measure(subjects, asked)
+            scores = [
+                [score(scorers, question, answer.text) for question, answer in zip(asked, given, strict=True)]
+                for given in answers
+            ]
+            measured = [
+                _model(subject, given, scored, alike, seed)
+                for subject, given, scored, alike in zip(subjects, answers, scores, agreements, strict=True)
+            ]
+            found: dict[str, Any] = {
+                "models": measured,
+                "questions": len(asked),
+                "answers": _rows(subjects, asked, answers, scores, agreements),
+                "machine": machine(),
+                "run_id": run.info.run_id,
+            }
+            if door is not None:
+                right = [(_right(own), _right(other)) for own, other in zip(*scores, strict=True) if own]
+                drifts = [each.drift for each in agreements[1] or ()]
+                times = [(other.total_ms, own.total_ms) for own, other in zip(*answers, strict=True)]
+                found["gate"] = as_dict(door, judge(bounds, right, drifts, times, seed), bounds)
+            result = found
+            try:
+                _record(subjects, asked, scorers, answers, scores, result)
+            except Exception as error:
+                lost = error
+                raise
+    except Exception as error:
+        if result is None:
+            raise
+        # Where the store is gone, the run cannot be ended either, and that says less.
+        raise Unfinished("what was measured is not in MLflow: ", lost or error, result) from error
     if door is not None and result["gate"]["passed"]:
-        move(door)
+        try:
+            with tracking.impatient():
+                move(door)
+        except Exception as error:
+            raise Unfinished("", error, result) from error
     return result
 
 
@@ -191,6 +218,28 @@ def _rows(
         for number, question in enumerate(questions)
         for index, subject in enumerate(subjects)
     ]
+
+
+def _record(
+    subjects: Sequence[Subject],
+    questions: Sequence[Question],
+    scorers: Sequence[Scorer],
+    answers: Sequence[Sequence[Answer]],
+    scores: Sequence[Scores],
+    result: Mapping[str, Any],
+) -> None:
+    """Puts everything into the active run and below it.
+
+    Raises:
+        Phi3Error: the tracking store does not answer any more, or did not keep something.
+    """
+    tracking.check()
+    linked = [LoggedModelInput(each.model_id) for each in subjects if each.model_id is not None]
+    if linked:
+        mlflow.MlflowClient().log_inputs(result["run_id"], models=linked)
+    for subject, given, scored, found in zip(subjects, answers, scores, result["models"], strict=True):
+        _evaluate(subject, questions, scorers, given, scored, found)
+    log_run(result)
 
 
 def _evaluate(
