@@ -123,6 +123,7 @@ def download(listing: Listing, patterns: tuple[list[str], list[str]]) -> Path:
         snapshot_download(listing.repo, revision=listing.commit, allow_patterns=allow, ignore_patterns=ignore)
         for file in small:
             _check_small(root / file.rfilename, file.blob_id)
+            _sweep(storage, file.blob_id)
         if not is_commit(listing.revision):  # what the client reads when it is offline
             ref = storage / "refs" / listing.revision
             ref.parent.mkdir(parents=True, exist_ok=True)
@@ -204,9 +205,7 @@ def _fetch(listing: Listing, file: RepoSibling, storage: Path) -> None:
     assert file.lfs is not None
     name, blob = file.rfilename, storage / "blobs" / file.lfs.sha256
     partial = _part(blob)
-    lock = storage.parent / ".locks" / storage.name / f"{blob.name}.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(lock):
+    with _locked(storage, blob.name):
         if blob.exists():
             return
         if partial.exists() and partial.stat().st_size > file.lfs.size:
@@ -233,6 +232,23 @@ def _check_small(path: Path, blob_id: str | None) -> None:
         path.resolve().unlink()
         path.unlink(missing_ok=True)
         raise WeightsError(f"{path.name} arrived damaged (its git hash is not the hub's): run it again")
+
+
+def _sweep(storage: Path, blob_id: str | None) -> None:
+    """Deletes what downloads of a small file left when they were killed; the client gives each a name of its own."""
+    if blob_id is not None:
+        with _locked(storage, blob_id):
+            for part in (storage / "blobs").glob(f"{blob_id}.*.incomplete"):
+                part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(storage: Path, blob: str) -> Iterator[None]:
+    """The client's own lock of a file in its cache."""
+    lock = storage.parent / ".locks" / storage.name / f"{blob}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):
+        yield
 
 
 @contextmanager

@@ -539,6 +539,16 @@ class TestBrokenTransfer:
         found = resolve(NAME, "transformers")
         assert (found.folder / self.SHARD).read_bytes() == transformers_files()[self.SHARD]
 
+    def test_what_a_killed_client_left_of_a_small_file_is_swept_away(self, hub):
+        blobs = Path(constants.HF_HUB_CACHE, "models--microsoft--Phi-3-mini-4k-instruct", "blobs")
+        blobs.mkdir(parents=True)
+        content = transformers_files()["config.json"]
+        blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        (blobs / f"{blob}.0123abcd.incomplete").write_bytes(content[:10])
+        resolve(NAME, "transformers")
+        assert (blobs / blob).read_bytes() == content
+        assert not list(blobs.glob("*.incomplete"))
+
     def test_what_has_arrived_is_not_downloaded_again(self, hub):
         hub.answer("model-00002-of-00002", 500)
         assert "answered 500" in refused(NAME, "transformers")
