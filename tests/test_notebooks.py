@@ -1,21 +1,24 @@
-"""The notebooks run from a fresh kernel to a served model, and what is committed is what they print.
+"""The notebooks run from a fresh kernel to their last cell, and what is committed is what they print.
 
 Run: pytest tests/test_notebooks.py
 """
 
+import base64
 import importlib.util
+import io
 import re
 from pathlib import Path
 
+import matplotlib.image
 import nbformat
 import pytest
 from nbformat import NotebookNode
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
-BUILDERS = ("onnx", "transformers")
+BUILDERS = pytest.mark.parametrize("executed", ["onnx", "transformers"], indirect=True)
+COMPARISON = pytest.mark.parametrize("executed", ["compare"], indirect=True)
+ALL = pytest.mark.parametrize("executed", ["compare", "onnx", "transformers"], indirect=True)
 MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:home|root|tmp|usr|var|opt|mnt|private|Users)/|[A-Z]:\\|site-packages")
-
-pytestmark = pytest.mark.parametrize("executed", BUILDERS, indirect=True)
 
 
 def read(name: str) -> NotebookNode:
@@ -54,17 +57,20 @@ def executed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return name, run.execute(read(name), tmp_path_factory.mktemp(f"notebook-{name}"), timeout=300)
 
 
+@BUILDERS
 def test_the_loaded_the_streaming_and_the_served_model_answer(executed):
-    _, notebook = executed
+    name, notebook = executed
 
     assert "The capital of Spain is Madrid." in printed(cell_with(notebook, "completions = model.predict(question)"))
     assert "Madrid" in printed(cell_with(notebook, "model.predict_stream(question)"))
-    served = printed(cell_with(notebook, "with served("))
-    assert served.startswith("200 ")
-    assert "Madrid" in served
-    assert "\n400 " in served
+    for each in (notebook, read(name)):
+        served = printed(cell_with(each, "with served("))
+        assert served.startswith("200 ")
+        assert "The capital of Spain is Madrid." in served
+        assert "\n400 " in served
 
 
+@ALL
 def test_the_cells_print_no_warnings_and_no_progress_bars(executed):
     _, notebook = executed
 
@@ -73,6 +79,7 @@ def test_the_cells_print_no_warnings_and_no_progress_bars(executed):
         assert all(re.match(r"(Successfully registered|Created version)", line) for line in lines), lines
 
 
+@BUILDERS
 def test_the_first_code_cell_alone_chooses_the_weights(executed):
     name, notebook = executed
     real = {
@@ -87,6 +94,7 @@ def test_the_first_code_cell_alone_chooses_the_weights(executed):
     assert not [cell for cell in others if "embedded" in cell.source]
 
 
+@ALL
 def test_the_committed_notebook_was_executed_from_top_to_bottom_and_holds_no_path_of_a_machine(executed):
     name, fresh = executed
     committed = code_cells(read(name))
@@ -95,4 +103,30 @@ def test_the_committed_notebook_was_executed_from_top_to_bottom_and_holds_no_pat
     for before, now in zip(committed, code_cells(fresh), strict=True):
         assert [output.output_type for output in before.outputs] == [output.output_type for output in now.outputs]
         assert not MACHINE_PATH.search(printed(before) + printed(before, errors=True))
-    assert "The capital of Spain is Madrid." in printed(cell_with(read(name), "with served("))
+
+
+@COMPARISON
+def test_three_models_are_compared(executed):
+    _, notebook = executed
+
+    (output,) = cell_with(notebook, "result = compare(uris)").outputs
+    table = output.data["text/markdown"]
+    rows = {cells[1].strip(): cells[2:-1] for line in table.splitlines() if len(cells := line.split("|")) > 2}
+    assert [name.strip() for name in rows[""]] == ["phi3-full/1", "phi3-block-32/1", "phi3-block-256/1"]
+    drifts = [float(cell.split("[")[0]) for cell in rows["drift, nats a token"][1:]]
+    assert 0 < drifts[0] < drifts[1]
+    assert "block 256" in table
+
+
+@COMPARISON
+def test_the_plots_are_pictures(executed):
+    name, fresh = executed
+
+    for notebook in (fresh, read(name)):
+        outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+        pictures = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+        assert len(pictures) == 4
+        for picture in pictures:
+            pixels = matplotlib.image.imread(io.BytesIO(base64.b64decode(picture)), format="png")
+            assert pixels.shape[1] > 1000
+            assert pixels[..., :3].std() > 0.05  # not a blank one
