@@ -1,6 +1,8 @@
 """Throughput and memory of a column of answers in Spark: 10,000 short questions as texts and as chats.
 
-python benchmarks/spark.py [--rows 10000] [--parallel 8]         the embedded model; spark_udf besides: --spark-udf
+python benchmarks/spark.py [--rows 10000] [--parallel 8] [--workers 1 2]
+
+The embedded model; MLflow's spark_udf besides: --spark-udf
 """
 
 import argparse
@@ -98,6 +100,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=10_000, help="questions")
     parser.add_argument("--parallel", type=int, default=8, help="the model's setting")
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[1, 2], help="Python workers at once, one after another"
+    )
     parser.add_argument("--spark-udf", action="store_true", help="MLflow's function too, as texts")
     asked = parser.parse_args()
     os.environ |= {"PYSPARK_PYTHON": sys.executable, "SPARK_LOCAL_IP": "127.0.0.1"}
@@ -108,7 +113,7 @@ def main() -> None:
         paths = {task: Path(temporary) / name for task, name in (("flat", "flat"), ("llm/v1/chat", "chat"))}
         for task, path in paths.items():
             onnx.save_model(path, task=task)
-        for workers in (1, 2):
+        for workers in asked.workers:
             spark = session(workers)
             frame = questions(spark, asked.rows, workers)
             ours = {
