@@ -71,11 +71,12 @@ endif
 	@touch $@
 
 # Programs that tests run, from Debian where this may install them: the chat page's browser, a proxy in front of
-# `serve`, Spark's Java, the database behind a tracking server, what runs a container's command without an engine.
+# `serve`, Spark's Java, the database behind a tracking server, what runs a container's command without an engine, and
+# the keys of the documentation.
 programs:
 	@missing=; export PATH="$$PATH:/usr/sbin"; \
 	for pair in chromium:chromium chromedriver:chromium-driver nginx:nginx-light java:default-jre-headless \
-	  pg_ctlcluster:postgresql bwrap:bubblewrap; do \
+	  pg_ctlcluster:postgresql bwrap:bubblewrap openssl:openssl; do \
 	  command -v "$${pair%%:*}" >/dev/null || missing="$$missing $${pair#*:}"; \
 	done; \
 	if [ -z "$$missing" ]; then exit 0; fi; \

@@ -11,27 +11,20 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from documented import ROOT, blocks
 
 from phi3_mlflow.builders import onnx
 
-ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 300
 
 
-def blocks(heading: str, language: str = "python", file: str = "docs/recipes.md") -> list[str]:
-    """The code below a heading."""
-    chapter = re.search(rf"^{re.escape(heading)}\n(.*?)(?=^#+ |\Z)", without_code_comments(file), re.M | re.S)
-    assert chapter, heading
-    return [code.replace("\0", "#") for code in re.findall(rf"^```{language}\n(.*?)^```", chapter[1], re.M | re.S)]
+def code(heading: str, language: str = "python", page: str = "docs/recipes.md") -> str:
+    """The one block of a language below a heading."""
+    (block,) = blocks(page, heading, language)
+    return block.code
 
 
-def without_code_comments(file: str) -> str:
-    """A document with the `#` of its code replaced, since it begins headings elsewhere."""
-    text = (ROOT / file).read_text("utf-8")
-    return re.sub(r"^```.*?^```", lambda block: block[0].replace("#", "\0"), text, flags=re.M | re.S)
-
-
-def run(code: str, folder: Path, program: tuple[str, ...] = (sys.executable, "-c")) -> str:
+def run(program: str, folder: Path, interpreter: tuple[str, ...] = (sys.executable, "-c")) -> str:
     """What code prints in a process of its own, where the embedded model lies as in a checkout."""
     (folder / "artifacts").symlink_to(ROOT / "artifacts")
     variables = {
@@ -39,7 +32,9 @@ def run(code: str, folder: Path, program: tuple[str, ...] = (sys.executable, "-c
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     }
-    done = subprocess.run([*program, code], cwd=folder, env=variables, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(
+        [*interpreter, program], cwd=folder, env=variables, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -54,40 +49,36 @@ def registered():
 
 
 def test_evaluation_scores_the_models_answers(registered, tmp_path):
-    [code] = blocks("## Evaluate")
     after = "\nprint([metric.key for metric in mlflow.get_logged_model(model.model_id).metrics])"
-    printed = run(code + after, tmp_path)
+    printed = run(code("Evaluate") + after, tmp_path)
     assert re.search(r"'right/mean': (np\.float64\()?1\.0", printed)
     assert "['right/mean']" in printed  # on the model's page
 
 
 def test_a_candidate_that_is_equal_gets_the_champions_alias(registered, tmp_path):
-    [code] = blocks("## Compare", "bash")
-    printed = run(code, tmp_path, ("bash", "-ec"))
+    printed = run(code("Compare", "bash"), tmp_path, ("bash", "-ec"))
     assert "the alias champion of phi3 means version 2 (was version 1)" in printed
     assert str(mlflow.MlflowClient().get_model_version_by_alias("phi3", "champion").version) == "2"
 
 
 def test_both_builders_models_are_compared_on_the_command_line_and_in_python(registered, tmp_path):
-    [start] = blocks("# Comparing models, and a gate before an alias", "bash", "docs/compare.md")
-    [code] = blocks("## Questions", "python", "docs/compare.md")
+    start = code("Comparing models, and a gate before an alias", "bash", "docs/compare.md")
     log, _ = start.splitlines()  # the other one is the gate's, with other models
     run(log, tmp_path, ("bash", "-ec"))
     (tmp_path / "artifacts").unlink()
-    assert run(code, tmp_path).strip() == "[1.0, 1.0] 1.0"
+    assert run(code("Questions", page="docs/compare.md"), tmp_path).strip() == "[1.0, 1.0] 1.0"
 
 
 def test_tracing_shows_the_tokens_on_the_models_page(registered, tmp_path):
-    [code] = blocks("## Trace")
-    printed = run(code, tmp_path)
+    printed = run(code("Trace"), tmp_path)
     assert "The capital of Spain is Madrid." in printed
     assert "'input_tokens': 14, 'output_tokens': 8" in printed
 
 
 def test_an_answer_streams_without_mlflow_and_pandas(tmp_path):
-    [code] = blocks("# How it works", file="docs/how-it-works.md")
-    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    program = code("How it works", page="docs/how-it-works.md")
+    assert len([line for line in program.splitlines() if line.strip()]) <= 10
     loaded = "\nimport sys\nprint({name.partition('.')[0] for name in sys.modules} & {'mlflow', 'pandas', 'torch'})"
-    answer, modules = run(code + loaded, tmp_path).splitlines()
+    answer, modules = run(program + loaded, tmp_path).splitlines()
     assert answer == "The capital of Spain is Madrid. eos 8"
     assert modules == "set()"
