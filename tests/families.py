@@ -23,7 +23,10 @@ _LLAMA = (
 _QWEN = _LLAMA.replace(r"\p{N}{1,3}", r"\p{N}")
 
 PHI4 = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% for message in messages %}{% if message['role'] == 'system' and 'tools' in message and "
+    "message['tools'] is not none %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|tool|>' + "
+    "message['tools'] + '<|/tool|>' + '<|end|>' }}{% else %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
 )
 PHI2 = (
@@ -38,12 +41,34 @@ LLAMA = (
     "{% endif %}{{ content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-QWEN = (
-    "{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
-    "{%- endif %}{%- for message in messages %}"
-    "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
-)
+QWEN = r"""
+{%- if messages[0].role == 'system' %}{%- set own = messages[0].content %}
+{%- else %}{%- set own = 'You are a helpful assistant.' %}{%- endif %}
+{{- '<|im_start|>system\n' + own }}
+{%- if tools %}
+    {{- '\n\n# Tools\n\nYou may call functions, which are given between <tools></tools>:\n<tools>' }}
+    {%- for tool in tools %}{{- '\n' + (tool | tojson) }}{%- endfor %}
+    {{- '\n</tools>\n\nReturn a call as an object between <tool_call></tool_call>:\n<tool_call>\n' }}
+    {{- '{"name": <name>, "arguments": <object>}\n</tool_call>' }}
+{%- endif %}
+{{- '<|im_end|>\n' }}
+{%- for message in messages %}
+    {%- if message.role == 'tool' %}
+        {%- if messages[loop.index0 - 1].role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}
+        {{- '\n<tool_response>\n' + message.content + '\n</tool_response>' }}
+        {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|im_end|>\n' }}{%- endif %}
+    {%- elif message.tool_calls %}
+        {{- '<|im_start|>assistant' + ('\n' + message.content if message.content else '') }}
+        {%- for call in message.tool_calls %}
+            {{- '\n<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
+            {{- (call.function.arguments | tojson) + '}\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\n' }}
+    {%- elif not (loop.first and message.role == 'system') %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
 
 
 @dataclass(frozen=True)
@@ -89,7 +114,9 @@ KINDS = {
     "Phi-4-mini": Kind(
         "phi3", "GPT2Tokenizer",
         dict.fromkeys(["<|endoftext|>", "<|assistant|>", "<|end|>", "<|user|>", "<|system|>"], True)
-        | dict.fromkeys(["<|tool|>", "<|/tool|>"], False),
+        | dict.fromkeys(
+            ["<|tool|>", "<|/tool|>", "<|tool_call|>", "<|/tool_call|>", "<|tool_response|>"], False
+        ),
         PHI4, "<|endoftext|>", "<|endoftext|>", _O200K,
         rstrip=("<|assistant|>", "<|end|>", "<|user|>", "<|system|>"), config={"add_bos_token": False},
     ),
@@ -114,7 +141,9 @@ KINDS = {
 
 _TEXT = (
     "hello world the capital of Spain is Madrid don't it's and an answer Instruct Output system user assistant one two "
-    "\u4e2d\u6587 \u00e9t\u00e9 \U0001f999 def return print numbers 1234 10 3.14 {} [] () <| |> < > / // , . ! ?\n\n\t"
+    "\u4e2d\u6587 \u00e9t\u00e9 \U0001f999 def return print numbers 1234 10 3.14 {} [] () <| |> < > / // , . ! ?\n\n\t "
+    '[{"name": "weather", "description": "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, '
+    '"required": ["city"], "additionalProperties": false}}] {"arguments": {"integer" Rome Paris Oslo add'
 )
 
 
@@ -131,7 +160,7 @@ def _trained(model_type: str) -> Tokenizer:
     rng = random.Random(0)
     lines = [" ".join(rng.choices(_TEXT.split(" "), k=12)) for _ in range(300)]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet))
+    tokenizer.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet))
     tokenizer.add_tokens([AddedToken(text, normalized=True) for text in kind.text])
     for name, special in kind.control.items():
         token = AddedToken(name, special=special, normalized=False, rstrip=name in kind.rstrip)

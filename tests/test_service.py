@@ -190,7 +190,7 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused_with_both_counts(
 
 def test_megabytes_are_refused_without_being_encoded(load, monkeypatch):
     service = load(says("yes"))
-    monkeypatch.setattr(service.tokens, "encode_chat", lambda messages: pytest.fail("encoded"))
+    monkeypatch.setattr(service.tokens, "encode_chat", lambda *arguments: pytest.fail("encoded"))
     monkeypatch.setattr(service.tokens, "encode_text", lambda prompt: pytest.fail("encoded"))
     text = "hello world " * 500_000
     for request in (chat(text), chat("a", "b", text), Request(text, Options(), "prompt"), chat(*["a"] * 99_999)):
@@ -245,7 +245,12 @@ def test_drop_oldest_on_megabytes_of_turns_encodes_a_few_times_only(load, monkey
     service = load(says(""), context_length=64)
     encoded = []
     encode = service.tokens.encode_chat
-    monkeypatch.setattr(service.tokens, "encode_chat", lambda messages: encoded.append(messages) or encode(messages))
+
+    def counted(messages, *more):
+        encoded.append(messages)
+        return encode(messages, *more)
+
+    monkeypatch.setattr(service.tokens, "encode_chat", counted)
     contents = ["hello world " * 100] * 4000 + ["one", "two", "one"]
     ids, dropped = seen(service, chat("system:yes", *contents, context_overflow="drop_oldest", max_tokens=4))
     assert ids == encode(chat("system:yes", "one", "two", "one").prompt)

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 StopReason = Literal[
-    "eos", "stop_sequence", "repetition", "self_talk", "max_tokens", "context", "max_time", "cancelled"
+    "eos", "tool_calls", "stop_sequence", "repetition", "self_talk", "max_tokens", "context", "max_time", "cancelled"
 ]
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 _FINISH: dict[StopReason, FinishReason] = {
     "eos": "stop",
+    "tool_calls": "tool_calls",
     "stop_sequence": "stop",
     "repetition": "stop",
     "self_talk": "stop",
@@ -49,6 +50,21 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
+class CallPiece:
+    """What one step brought to one call of a tool.
+
+    Attributes:
+        index: which of the choice's calls, from 0.
+        name: the function's, with the call's first piece; None with the others.
+        arguments: more of the JSON text.
+    """
+
+    index: int
+    name: str | None
+    arguments: str
+
+
+@dataclass(frozen=True)
 class Piece:
     """What one step brought to one choice.
 
@@ -57,6 +73,7 @@ class Piece:
         text: text that is final and may be shown.
         reason: why the choice ended; None while it goes on.
         logprobs: of each token whose text begins in `text`; None where they were not asked for.
+        calls: of tools.
         last: whether it ends the whole answer.
     """
 
@@ -64,7 +81,17 @@ class Piece:
     text: str
     reason: StopReason | None = None
     logprobs: Sequence[TokenLogprob] | None = None
+    calls: Sequence[CallPiece] = ()
     last: bool = False
+
+
+@dataclass
+class Call:
+    """A call of a tool, as far as it has come: the function's name, and JSON text of an object."""
+
+    name: str
+    arguments: str = ""
+    id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
 
 
 @dataclass
@@ -75,6 +102,13 @@ class Choice:
     reason: StopReason = "max_tokens"  # once it has ended
     tokens: int = 0  # sampled, the end token and trimmed stop tokens included
     logprobs: list[TokenLogprob] | None = None
+    calls: list[Call] = field(default_factory=list)
+
+    def take(self, piece: CallPiece) -> None:
+        """Adds to the calls."""
+        if piece.name is not None:
+            self.calls.append(Call(piece.name))
+        self.calls[piece.index].arguments += piece.arguments
 
 
 @dataclass

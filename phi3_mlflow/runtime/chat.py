@@ -6,14 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from .answers import Answer, Piece, TokenLogprob, finish_reason
+from .answers import Answer, Choice, Piece, TokenLogprob, finish_reason
 from .errors import InvalidRequest, shorten
 from .layouts import ROLES
 from .options import NAMES, RANGES, Options
+from .tools import FIELDS, Offer, past_calls, take
 
 Task = Literal["llm/v1/chat", "llm/v1/completions", "flat"]
 TASKS: tuple[Task, ...] = get_args(Task)
-Message = dict[str, str]
+Message = dict[str, Any]
 
 _CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 _MESSAGE_FIELDS = ("role", "content")
@@ -29,15 +30,19 @@ class Request:
         options: how it is to be answered.
         field: the caller's name for the prompt.
         echo: whether the answer begins with the prompt.
+        tools: what the model may call; None for nothing.
     """
 
     prompt: tuple[Message, ...] | str | list[int]
     options: Options
     field: str = "messages"
     echo: bool = False
+    tools: Offer | None = None
 
 
-def parse(body: Mapping[str, Any], task: Task, defaults: Options, *, template: bool, stream: bool) -> Request:
+def parse(
+    body: Mapping[str, Any], task: Task, defaults: Options, *, template: bool, stream: bool, tools: bool = False
+) -> Request:
     """Checks a request for a task.
 
     Args:
@@ -46,30 +51,34 @@ def parse(body: Mapping[str, Any], task: Task, defaults: Options, *, template: b
         defaults: the model's own options.
         template: for the tasks other than chat, whether a prompt is put into the chat template.
         stream: whether the caller can be sent a stream.
+        tools: whether the model can call tools; in chats alone.
 
     Raises:
         InvalidRequest: names the field, the value and what is allowed.
     """
     if task == "llm/v1/chat":
-        return parse_chat(body, defaults, stream=stream)
+        return parse_chat(body, defaults, stream=stream, tools=tools)
     if task == "llm/v1/completions":
         return parse_completion(body, defaults, template=template, stream=stream)
     return parse_flat(body, defaults, template=template)
 
 
-def parse_chat(body: Mapping[str, Any], defaults: Options, *, stream: bool = False) -> Request:
+def parse_chat(body: Mapping[str, Any], defaults: Options, *, stream: bool = False, tools: bool = False) -> Request:
     """Checks a chat request.
 
     Args:
         body: `messages` and options by their names; None means not given.
         defaults: the model's own options.
         stream: whether the caller can be sent a stream.
+        tools: whether the model can call tools.
 
     Raises:
         InvalidRequest: names the field, the value and what is allowed.
     """
-    values = _given(body, stream=stream)
-    return Request(_check_messages(values.pop("messages", None)), _parse_options(values, defaults))
+    values = _given(body, stream=stream, tools=tools)
+    offer = take(values) if tools else None
+    messages = _check_messages(values.pop("messages", None), tools=tools)
+    return Request(messages, _parse_options(values, defaults), tools=offer)
 
 
 def parse_completion(body: Mapping[str, Any], defaults: Options, *, template: bool, stream: bool = False) -> Request:
@@ -127,7 +136,7 @@ def completion(answer: Answer, task: Task, model: str) -> dict[str, Any]:
     chat = task == "llm/v1/chat"
     choices = []
     for index, choice in enumerate(answer.choices):
-        body = {"message": {"role": "assistant", "content": choice.text}} if chat else {"text": choice.text}
+        body = {"message": message(choice)} if chat else {"text": choice.text}
         ended = {"finish_reason": finish_reason(choice.reason)}
         choices.append({"index": index, **body, **ended, **logprobs(choice.logprobs, chat=chat)})
     return {
@@ -154,9 +163,9 @@ def chunks(answer: Answer, task: Task, model: str, piece: Piece, opened: set[int
     chat = task == "llm/v1/chat"
     head = _head(answer, "chat.completion.chunk" if chat else "text_completion", model)
     first = piece.choice not in opened
-    if piece.text or first:
+    if piece.text or piece.calls or first:
         opened.add(piece.choice)
-        delta = {"role": "assistant", "content": piece.text} if first else {"content": piece.text}
+        delta = delta_of(answer.choices[piece.choice], piece, first=first)
         body: dict[str, Any] = {"delta": delta} if chat else {"text": piece.text}
         choice = {"index": piece.choice, **body, "finish_reason": None, **logprobs(piece.logprobs, chat=chat)}
         yield {**head, "choices": [choice]}
@@ -164,6 +173,29 @@ def chunks(answer: Answer, task: Task, model: str, piece: Piece, opened: set[int
         end: dict[str, Any] = {"delta": {}} if chat else {"text": ""}
         choice = {"index": piece.choice, **end, "finish_reason": finish_reason(piece.reason)}
         yield {**head, "choices": [choice], **(_tail(answer) if piece.last else {})}
+
+
+def message(choice: Choice) -> dict[str, Any]:
+    """A choice as OpenAI's message of the assistant: without text where there are calls alone."""
+    if not choice.calls:
+        return {"role": "assistant", "content": choice.text}
+    calls = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in choice.calls
+    ]
+    return {"role": "assistant", "content": choice.text or None, "tool_calls": calls}
+
+
+def delta_of(choice: Choice, piece: Piece, *, first: bool) -> dict[str, Any]:
+    """What a piece brings to the message of its choice, as OpenAI's chunks have it."""
+    role = {"role": "assistant"} if first else {}
+    content = {"content": piece.text} if piece.text or not piece.calls else {}
+    calls: list[dict[str, Any]] = []
+    for part in piece.calls:
+        head = {"id": choice.calls[part.index].id, "type": "function"} if part.name is not None else {}
+        name = {"name": part.name} if part.name is not None else {}
+        calls.append({"index": part.index, **head, "function": {**name, "arguments": part.arguments}})
+    return {**role, **content, **({"tool_calls": calls} if calls else {})}
 
 
 def logprobs(likely: Sequence[TokenLogprob] | None, *, chat: bool) -> dict[str, Any]:
@@ -231,7 +263,7 @@ def _tail(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _given(body: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:
+def _given(body: Mapping[str, Any], *, stream: bool, tools: bool = False) -> dict[str, Any]:
     """The fields that were given, those of custom_inputs among them.
 
     Raises:
@@ -244,8 +276,9 @@ def _given(body: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:
     if wanted and not stream:
         problem = "is true, and this call returns whole answers; leave it out, or use predict_stream"
         raise InvalidRequest("stream", problem)
-    if values.pop("tools", None) is not None:
-        raise InvalidRequest("tools", "is given, and Phi-3 was not trained to call tools; leave it out")
+    for name in FIELDS if not tools else ():
+        if name in values:
+            raise InvalidRequest(name, "is given, and this model was not trained to call tools; leave it out")
     custom = values.pop("custom_inputs", {})
     if not isinstance(custom, Mapping):
         raise InvalidRequest("custom_inputs", f"is {shorten(custom)}; it must be an object")
@@ -265,24 +298,42 @@ def _parse_options(values: Mapping[str, Any], defaults: Options) -> Options:
     return defaults.with_values(values)
 
 
-def _check_messages(messages: Any) -> tuple[Message, ...]:
+def _check_messages(messages: Any, *, tools: bool = False) -> tuple[Message, ...]:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise InvalidRequest("messages", f"is {shorten(messages)}; it must be a list of at least one message")
-    checked = []
+    checked: list[Message] = []
+    roles = (*ROLES, "tool") if tools else ROLES
     for index, message in enumerate(messages):
         name = f"messages[{index}]"
         if not isinstance(message, Mapping):
             raise InvalidRequest(name, f"is {shorten(message)}; it must be an object with `role` and `content`")
+        role = message.get("role")
+        own = {"assistant": "tool_calls", "tool": "tool_call_id"}.get(str(role)) if tools else None
         for key, value in message.items():
-            if key in _UNSUPPORTED_MESSAGE_FIELDS and value is not None:
-                raise InvalidRequest(f"{name}.{key}", "is given, and Phi-3's chat template has no place for it")
+            if key in _UNSUPPORTED_MESSAGE_FIELDS and value is not None and key != own:
+                raise InvalidRequest(f"{name}.{key}", "is given, and this model's chat template has no place for it")
             if key not in _MESSAGE_FIELDS + _UNSUPPORTED_MESSAGE_FIELDS:
                 raise InvalidRequest(f"{name}.{key}", "is not known; a message has `role` and `content`")
-        role = message.get("role")
-        if role not in ROLES:
-            raise InvalidRequest(f"{name}.role", f"is {shorten(role)}; it must be one of {', '.join(ROLES)}")
-        checked.append({"role": role, "content": check_text(f"{name}.content", message.get("content"))})
+        if role not in roles:
+            raise InvalidRequest(f"{name}.role", f"is {shorten(role)}; it must be one of {', '.join(roles)}")
+        content, calls = message.get("content"), message.get(own) if own == "tool_calls" else None
+        if own == "tool_call_id":
+            _check_result(message, name, checked)
+        if calls is not None:
+            kept = {"calls": past_calls(calls, f"{name}.tool_calls")}
+            checked.append({"role": role, "content": check_text(f"{name}.content", content) if content else "", **kept})
+        else:
+            checked.append({"role": role, "content": check_text(f"{name}.content", content)})
     return tuple(checked)
+
+
+def _check_result(message: Mapping[str, Any], name: str, before: Sequence[Message]) -> None:
+    """A tool's result must follow the call that it belongs to."""
+    called = next((each for each in reversed(before) if each["role"] != "tool"), {})
+    known = [call.id for call in called.get("calls", ())]
+    if message.get("tool_call_id") not in known:
+        problem = f"is {shorten(message.get('tool_call_id'))}; it must be the id of a call in the message before it"
+        raise InvalidRequest(f"{name}.tool_call_id", f"{problem} ({', '.join(known) or 'there is none'})")
 
 
 def check_text(name: str, text: Any) -> str:

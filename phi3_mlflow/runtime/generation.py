@@ -1,12 +1,13 @@
 """One answer in the making: logits in, a token or the end out. Pure: no model, no thread, no clock."""
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from .answers import Piece, StopReason, TokenLogprob
+from .answers import CallPiece, Piece, StopReason, TokenLogprob
+from .calls import Calling, CallReader
 from .drafts import Drafts
 from .grammar import Grammar
 from .options import Options
@@ -27,7 +28,8 @@ class Generation:
         eos: ids that end the answer.
         text: the answer's incremental decoder.
         stops: the answer's stop sequences and guards.
-        grammar: what the answer must conform to.
+        grammar: what the answer must conform to, or where it may call tools.
+        calls: reads the calls of tools, where there may be some.
         choice: which of the request's n choices this is.
         echo: the prompt's own incremental decoder, where the log probabilities of its tokens are wanted.
 
@@ -49,7 +51,8 @@ class Generation:
         eos: Collection[int],
         text: TextDecoder,
         stops: Stops,
-        grammar: Grammar | None = None,
+        grammar: Grammar | Calling | None = None,
+        calls: CallReader | None = None,
         choice: int = 0,
         echo: TextDecoder | None = None,
     ):
@@ -66,6 +69,8 @@ class Generation:
         self._text = text
         self._stops = stops
         self._grammar = grammar
+        self._calls = calls
+        self._called: Sequence[CallPiece] = ()
         self._sampler = Sampler(options, prompt, choice)
         self._drafts = Drafts(prompt)
         self._top = options.top_logprobs if options.logprobs else None
@@ -132,7 +137,11 @@ class Generation:
             self._grammar.accept(token)
         self._drafts.append(token)
         written = self._text.step(token)
-        if self._top is not None:
+        spoken = True
+        if self._calls is not None:
+            written, self._called = self._calls.step(token, written)
+            spoken = bool(written)
+        if self._top is not None and spoken:
             self._likely.append(self._likelihood(self._written, raw, token, self._text))
             self._written += len(written)
         text, stopped = self._stops.step(written)
@@ -173,17 +182,20 @@ class Generation:
         if stopped is None:
             text += self._stops.flush()
             _, stopped = self._stops.step("")  # a guard may have found a stop in what was held back
+        if reason == "eos" and self._calls is not None and self._calls.complete:
+            reason = "tool_calls"
         return self._piece(None, text, stopped or reason)
 
     def _piece(self, token: int | None, text: str, reason: StopReason | None = None) -> Piece:
         self.next = token
+        called, self._called = self._called, ()
         if self._top is None:
-            return Piece(self.choice, text, reason)
+            return Piece(self.choice, text, reason, calls=called)
         self._shown += len(text)
         shown = []
         while self._likely and self._likely[0].start < self._shown:
             shown.append(self._likely.popleft())
-        return Piece(self.choice, text, reason, shown)
+        return Piece(self.choice, text, reason, shown, called)
 
     def _likelihood(self, start: int, logits: np.ndarray, token: int, text: TextDecoder) -> TokenLogprob:
         found = logprob(logits, token, self._top or 0)

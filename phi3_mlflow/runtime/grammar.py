@@ -16,6 +16,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from .errors import InvalidRequest, shorten
 from .schemas import enforceable
+from .tools import Offer
 
 if TYPE_CHECKING:  # a name of llguidance's stub file, absent from the module
     from llguidance._lib import JsonCompileOptions
@@ -48,18 +49,21 @@ class Grammars:
         vocab_size: the number of logits that the model gives, which may be larger than the tokenizer's vocabulary.
         eos_ids: the ids that end an answer; ids beyond `vocab_size` cannot be sampled and are left out.
 
+    Attributes:
+        eos: those of `eos_ids` that can be sampled, ascending.
+
     Raises:
         ValueError: the tokenizer cannot be read, or no end token is within the vocabulary.
     """
 
     def __init__(self, tokenizer_json: str, vocab_size: int, eos_ids: Collection[int]):
-        self._eos = sorted({int(token) for token in eos_ids if 0 <= token < vocab_size})
-        if not self._eos:
+        self.eos = sorted({int(token) for token in eos_ids if 0 <= token < vocab_size})
+        if not self.eos:
             raise ValueError(f"no end token of {sorted(eos_ids)} is within the vocabulary of {vocab_size}")
         text, pieces = _without_control_tokens(tokenizer_json, vocab_size)
-        self._tokenizer = LLTokenizer(text, eos_token=self._eos)
+        self._tokenizer = LLTokenizer(text, eos_token=self.eos)
         self._text = np.zeros(vocab_size, dtype=bool)
-        self._text[[token for token in pieces if token < vocab_size and token not in self._eos]] = True
+        self._text[[token for token in pieces if token < vocab_size and token not in self.eos]] = True
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -123,6 +127,31 @@ class Grammars:
                 self._grammar(_json_grammar({"type": "string", "pattern": pattern}), f"{field}{pointer}")
             raise
 
+    def calls(self, offer: Offer, *, listed: bool) -> "Grammar":
+        """The grammar of calls of tools, as `json.dumps` writes them.
+
+        Args:
+            offer: which may be called.
+            listed: whether they are one list, which may have several where the offer says so; else it is one call on
+                lines of its own.
+
+        Raises:
+            InvalidRequest: the parameters of one of them are a schema that cannot be enforced.
+        """
+        places = [place for place, function in enumerate(offer.functions) if function.name in offer.names]
+        rules = []
+        for place in places:
+            function, field = offer.functions[place], f"tools[{place}].function.parameters"
+            schema, _ = enforceable(_plain(function.parameters, field), field)
+            self._grammar(_json_grammar(schema), field)  # so that an error names the tool
+            head = json.dumps(f'{{"name": "{function.name}", "arguments": ')
+            rules.append(f'call{place}: {head} arguments{place} "}}"')
+            rules.append(f"arguments{place}: %json {json.dumps({**schema, 'x-guidance': OPTIONS})}")
+        call = f"({' | '.join(f'call{place}' for place in places)})"
+        several = f'(", " {call})*' if offer.parallel else ""
+        start = f'"[" {call} {several} "]"' if listed else f'"\\n" {call} "\\n"'
+        return self._grammar(LLMatcher.grammar_from_lark("\n".join([f"start: {start}", *rules])), "tools")
+
     def _grammar(self, source: str, field: str) -> "Grammar":
         """A grammar in its first state, compiled at most once while it stays in the cache."""
         with self._lock:
@@ -139,7 +168,7 @@ class Grammars:
                 self._compiled[source] = matcher
                 while len(self._compiled) > CACHED:
                     self._compiled.popitem(last=False)
-        return Grammar(matcher.deep_copy(), self._text, self._eos, partial(self._discard, source))
+        return Grammar(matcher.deep_copy(), self._text, self.eos, partial(self._discard, source))
 
     def _discard(self, source: str) -> None:
         with self._lock:
@@ -172,7 +201,7 @@ class Grammar:
         Raises:
             InvalidRequest: the grammar grew beyond llguidance's limits, or the tokenizer cannot spell what must follow.
         """
-        allowed = self._allowed()
+        allowed = self.allowed()
         if not allowed.any():
             raise InvalidRequest(FIELD, "asks for text that this model's tokenizer cannot spell")
         return np.where(allowed, logits, np.float32(-np.inf))
@@ -183,7 +212,7 @@ class Grammar:
         Raises:
             ValueError: the token is not allowed here.
         """
-        if not 0 <= token < len(self._text) or not self._allowed()[token]:
+        if not 0 <= token < len(self._text) or not self.allowed()[token]:
             raise ValueError(f"token {token} is not allowed by the grammar here")
         self._matcher.consume_token(token)
         self._next = None
@@ -210,10 +239,14 @@ class Grammar:
             return False  # the next mask says what went wrong
         if self._matcher.is_stopped():
             return True
-        return self._matcher.is_accepting() and not (self._allowed() & self._text).any()
+        return self._matcher.is_accepting() and not (self.allowed() & self._text).any()
 
-    def _allowed(self) -> np.ndarray:
-        """(vocab_size,) bool: the tokens that may come next, kept until one is accepted."""
+    def allowed(self) -> np.ndarray:
+        """(vocab_size,) bool: the tokens that may come next, kept until one is accepted. Not to be changed.
+
+        Raises:
+            InvalidRequest: the grammar grew beyond llguidance's limits.
+        """
         if self._next is None:
             bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
             if self._matcher.is_error():

@@ -3,11 +3,12 @@
 Knows the names of control tokens; encodes nothing.
 """
 
+import json
 import re
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 
@@ -15,6 +16,8 @@ from .errors import InvalidRequest, WeightsError
 from .templates import ChatTemplate
 
 ROLES = ("system", "user", "assistant")
+# What stands before a tool's result in Phi-4-mini's conversations.
+_TOOL_RESPONSE = "<|tool_response|>"
 
 # Layouts of longer conversations are not kept: a cache of them would hold hundreds of megabytes.
 _CACHED_ROLES = 64
@@ -29,10 +32,12 @@ class Place(NamedTuple):
     message: int
     trimmed: bool
 
-    def content(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def fill(self, contents: Sequence[Sequence[int | str]]) -> Sequence[int | str]:
         """What is put there, trimmed as Jinja's filter of that name does."""
-        text = messages[self.message]["content"]
-        return text.strip() if self.trimmed else text
+        content = contents[self.message]
+        if self.trimmed and len(content) == 1 and isinstance(content[0], str):
+            return [content[0].strip()]
+        return content
 
 
 # An int is a control token's id.
@@ -52,6 +57,7 @@ class Layouts:
 
     Attributes:
         marked: whether control tokens mark the turns, which no text can imitate.
+        tools: where the template takes tools; see ChatTemplate.place_of_tools.
 
     Raises:
         WeightsError: the template cannot be used.
@@ -61,33 +67,59 @@ class Layouts:
         self._template = template
         self._control = control
         self._roles = {id: role for role in ROLES if (id := control.get(f"<|{role}|>")) is not None}
+        if (answer := control.get(_TOOL_RESPONSE)) is not None:
+            self._roles[answer] = "tool"
         named = "|".join(re.escape(name) for name in sorted(control, key=len, reverse=True))
         self._pattern = re.compile(_PLACEHOLDER.pattern + (f"|{named}" if named else ""))
         self._cached = lru_cache(maxsize=256)(self._split)
+        self.tools = template.place_of_tools
+        if self.tools == "system" and _TOOL_RESPONSE not in control:
+            self.tools = None
         try:
             self._marks = self._text_marks()
             self.layout(("user",))
         except InvalidRequest as error:
             raise WeightsError(f"the tokenizer's chat template cannot express a user's message: {error}") from error
         self.marked = self._marks is None
+        if not self.marked:
+            self.tools = None
 
-    def layout(self, roles: tuple[str, ...]) -> Sequence[Part]:
+    def layout(self, roles: tuple[str, ...], tools: str | None = None) -> Sequence[Part]:
         """The parts of a prompt for the next assistant message.
 
-        Raises:
-            InvalidRequest: the template cannot express these roles in this order.
-        """
-        return self._cached(roles) if len(roles) <= _CACHED_ROLES else self._split(roles)
+        Args:
+            roles: of the messages; the first is the system's where there are tools with a place there.
+            tools: the objects that a template with a variable for tools is given, as JSON text; for a place in the
+                system message any text, whose own place is that of a message behind the last one.
 
-    def _split(self, roles: tuple[str, ...]) -> list[Part]:
-        parts = self._parts(roles)
-        self._check(roles, parts)
+        Raises:
+            InvalidRequest: the template cannot express these roles in this order, or the tools name control tokens.
+        """
+        if tools is not None and self.tools == "variable":
+            self._refuse_control(tools)
+            return self._split(roles, tools)
+        held = None if tools is None else ""
+        return self._cached(roles, held) if len(roles) <= _CACHED_ROLES else self._split(roles, held)
+
+    def _refuse_control(self, tools: str) -> None:
+        """The template puts tools among its own text, in which the names of control tokens count."""
+        if found := self._pattern.search(tools) or re.search("[\ue000\ue001]", tools):
+            raise InvalidRequest("tools", f"have the text {found[0]!r}, which is a control token here; leave it out")
+
+    def _split(self, roles: tuple[str, ...], tools: str | None) -> list[Part]:
+        parts = self._parts(roles, tools)
+        self._check(roles, parts, places=len(roles) + (tools == ""))
         return parts
 
-    def _parts(self, roles: Sequence[str]) -> list[Part]:
-        turns = [(role, f"{_SPACE}\ue000{i}\ue001{_SPACE}") for i, role in enumerate(roles)]
+    def _parts(self, roles: Sequence[str], tools: str | None = None) -> list[Part]:
+        turns = [(role, _placeholder(i)) for i, role in enumerate(roles)]
+        if self.tools == "system":
+            turns = [("tool_response" if role == "tool" else role, text) for role, text in turns]
+        given: dict[str, Any] = {}
+        if tools is not None:
+            given = {"tools": json.loads(tools)} if tools else {"in_system": _placeholder(len(roles))}
         try:
-            rendered = self._template.render(turns)
+            rendered = self._template.render(turns, **given)
         except jinja2.TemplateError as error:
             wrong = bisect_left(range(len(roles) - 1), True, key=lambda i: self._template.refuses(turns[: i + 1]))
             raise _inexpressible(roles, wrong, f"; it says: {error}") from error
@@ -107,12 +139,14 @@ class Layouts:
             parts.append(rendered[position:])
         return parts
 
-    def _check(self, roles: tuple[str, ...], parts: Sequence[Part]) -> None:
-        """Every message must appear once, in order, and directly behind its own role's mark."""
+    def _check(self, roles: tuple[str, ...], parts: Sequence[Part], places: int) -> None:
+        """Every message must appear once, in order, and directly behind its own role's mark; tools in the first one."""
         opened: list[str] = []
         filled: list[tuple[str, int, int]] = []  # role, message, how many were opened until then
         for index, part in enumerate(parts):
-            if isinstance(part, Place):
+            if isinstance(part, Place) and part.message == len(roles):
+                places -= opened == ["system"]
+            elif isinstance(part, Place):
                 filled.append((opened[-1] if opened else "", part.message, len(opened)))
             else:
                 opened += self._opened(part, parts[index + 1 : index + 2])
@@ -120,13 +154,18 @@ class Layouts:
         own = int(opened[:1] == ["system"] != list(roles[:1]))
         count = own
         expected = []
+        marks = []
         for index, role in enumerate(roles):
             if self._marks and role == "system" and index == 0:  # it needs no mark, being the first
                 expected.append(("", 0, 0))
-            else:
+                continue
+            if role == "tool" and self.tools == "variable":
+                role = "user"  # results stand together in a turn of the user's
+            if not (role == "user" and roles[index - 1 : index + 1] == ("tool", "tool")):
                 count += 1
-                expected.append((role, index, count))
-        if filled == expected and opened[own:] == [role for role, *_ in expected if role] + ["assistant"]:
+                marks.append(role)
+            expected.append((role, index, count))
+        if filled == expected and opened[own:] == [*marks, "assistant"] and places == len(roles):
             return
         wrong = next((i for i, (a, b) in enumerate(zip(filled, expected, strict=False)) if a != b), len(filled))
         raise _inexpressible(roles, min(wrong, len(roles) - 1))
@@ -159,6 +198,10 @@ class Layouts:
         if len(marks) < 2 or "" in marks:
             raise _inexpressible(("user",), 0, "; nothing in it tells who speaks")
         return marks
+
+
+def _placeholder(message: int) -> str:
+    return f"{_SPACE}\ue000{message}\ue001{_SPACE}"
 
 
 def _inexpressible(roles: Sequence[str], wrong: int, reason: str = "") -> InvalidRequest:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from .chat import Message, Request
 from .errors import InvalidRequest
 from .tokens import Tokens
+from .tools import Function
 
 # What an answer may take where the request sets no max_tokens.
 DEFAULT_MAX_TOKENS = 512
@@ -23,8 +24,9 @@ def encode(tokens: Tokens, request: Request, context_length: int) -> tuple[list[
         InvalidRequest: the prompt does not fit, or its ids are none of this tokenizer.
     """
     prompt, options = request.prompt, request.options
+    functions = () if request.tools is None else request.tools.functions
     if not isinstance(prompt, tuple) or len(prompt) == 1:
-        ids = _encoded(tokens, prompt, context_length)
+        ids = _encoded(tokens, prompt, context_length, functions)
         if not isinstance(ids, list):
             raise _too_long(request.field, ids, context_length, "shorten it")
         return ids, 0
@@ -33,12 +35,12 @@ def encode(tokens: Tokens, request: Request, context_length: int) -> tuple[list[
     starts = _turn_starts(prompt) if drop else [0]
 
     def fits(start: int) -> bool:
-        ids = _encoded(tokens, _kept(prompt, start), context_length)
+        ids = _encoded(tokens, _kept(prompt, start), context_length, functions)
         return isinstance(ids, list) and len(ids) + reserve <= context_length
 
     # The later the start, the fewer the tokens; the last start is taken in any case.
     kept = _kept(prompt, starts[bisect_left(starts, True, hi=len(starts) - 1, key=fits)])
-    ids = _encoded(tokens, kept, context_length)
+    ids = _encoded(tokens, kept, context_length, functions)
     if not isinstance(ids, list):
         asked = 'shorten them, or set `context_overflow` to "drop_oldest"'
         remedy = "shorten them: no older turn is left to drop" if drop else asked
@@ -46,7 +48,9 @@ def encode(tokens: Tokens, request: Request, context_length: int) -> tuple[list[
     return ids, len(prompt) - len(kept)
 
 
-def _encoded(tokens: Tokens, prompt: tuple[Message, ...] | str | list[int], context_length: int) -> list[int] | str:
+def _encoded(
+    tokens: Tokens, prompt: tuple[Message, ...] | str | list[int], context_length: int, functions: Sequence[Function]
+) -> list[int] | str:
     """The ids, or in words how many they are where they do not fit."""
     if isinstance(prompt, list):
         ids = _checked(tokens, prompt)
@@ -56,7 +60,7 @@ def _encoded(tokens: Tokens, prompt: tuple[Message, ...] | str | list[int], cont
     least += 0 if isinstance(prompt, str) else len(prompt)  # each message has its role's token
     if least >= context_length:
         return f"at least {least}"  # not worth encoding: this may be megabytes
-    ids = tokens.encode_text(prompt) if isinstance(prompt, str) else tokens.encode_chat(prompt)
+    ids = tokens.encode_text(prompt) if isinstance(prompt, str) else tokens.encode_chat(prompt, functions)
     return ids if len(ids) < context_length else str(len(ids))
 
 

@@ -170,7 +170,7 @@ class Run:
             self.cancel()
         else:
             event = self._note(event)
-            if not (event.text or event.reason):
+            if not (event.text or event.reason or event.calls):
                 return
         if not self._open:
             self.begun = self.jobs[0].admitted
@@ -198,6 +198,8 @@ class Run:
             self._latest[piece.choice] = now
         self.answer.cached_tokens = self.jobs[0].reused
         choice.text += piece.text
+        for call in piece.calls:
+            choice.take(call)
         choice.tokens = job.generation.sampled
         if choice.logprobs is not None:
             choice.logprobs += piece.logprobs or ()

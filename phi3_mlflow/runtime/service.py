@@ -11,9 +11,10 @@ from typing import Any
 
 from . import prompts
 from .answers import StopReason
+from .calls import Calling, CallReader
 from .chat import Request, Task, parse
 from .decoders.base import Decoder
-from .errors import InvalidRequest, WeightsError
+from .errors import InvalidRequest, WeightsError, shorten
 from .generation import Generation
 from .grammar import Grammar, Grammars
 from .options import Options
@@ -22,6 +23,7 @@ from .scheduler import Scheduler
 from .statistics import Counts, Statistics
 from .stops import Stops
 from .tokens import Tokens
+from .tools import Offer
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Prepared:
         limit: the stop reason when that many were.
         deadline: where the request's own `max_time` ends, on time.monotonic()'s clock.
         stops: where the answers' text has to end, to be copied for each.
-        grammar: what the answers must conform to, to be copied for each.
+        grammar: what the answers must conform to, or where they may call tools, to be copied for each.
     """
 
     request: Request
@@ -46,7 +48,7 @@ class Prepared:
     limit: StopReason
     deadline: float | None
     stops: Stops
-    grammar: Grammar | None
+    grammar: Grammar | Calling | None
 
     @property
     def most_tokens(self) -> int:
@@ -97,7 +99,7 @@ class Service:
         self._eos = decoder.eos
         try:
             self._grammars = Grammars(tokens.tokenizer_json, tokens.vocab_size, decoder.eos)
-            self._check(self.defaults)
+            self._check(self.defaults, None)
             self._scheduler = Scheduler(decoder, **scheduling)
         except BaseException as error:
             decoder.close()
@@ -139,7 +141,8 @@ class Service:
         Raises:
             InvalidRequest: names the field, the value and what is allowed.
         """
-        return parse(body, task or self.task, self.defaults, template=self.template, stream=stream)
+        task = task or self.task
+        return parse(body, task, self.defaults, template=self.template, stream=stream, tools=self.calls_tools)
 
     def prepare(self, request: Request) -> Prepared:
         """Checks all that depends on the model, without starting anything.
@@ -151,10 +154,10 @@ class Service:
         room = self.context_length - len(ids)
         wanted = request.options.max_tokens or prompts.DEFAULT_MAX_TOKENS
         limit: StopReason = "max_tokens" if wanted <= room else "context"
-        grammar = self._check(request.options)
+        grammar = self._check(request.options, request.tools)
         max_time = request.options.max_time
         deadline = None if max_time is None else time.monotonic() + max_time
-        stops = _stops(request, guarded=grammar is None)
+        stops = _stops(request, guarded=not isinstance(grammar, Grammar))
         return Prepared(request, array("i", ids), dropped, min(wanted, room), limit, deadline, stops, grammar)
 
     def run(
@@ -208,6 +211,11 @@ class Service:
         self._scheduler.submit(table.jobs(), table.fail)
         return table
 
+    @property
+    def calls_tools(self) -> bool:
+        """Whether chats may offer tools."""
+        return self.tokens.calls is not None
+
     def statistics(self) -> Statistics:
         """What goes on, all of one moment."""
         return self._scheduler.statistics()
@@ -242,6 +250,7 @@ class Service:
                 text=self.tokens.decoder(strip=isinstance(request.prompt, tuple)),
                 stops=prepared.stops.copy(),
                 grammar=grammar and grammar.copy(),
+                calls=CallReader(self.tokens.calls) if request.tools and self.tokens.calls else None,
                 choice=choice,
                 echo=self.tokens.decoder() if request.echo and options.logprobs and choice == 0 else None,
             )
@@ -257,13 +266,27 @@ class Service:
             logprobs=options.logprobs,
         )
 
-    def _check(self, options: Options) -> Grammar | None:
+    def _check(self, options: Options, offer: Offer | None) -> Grammar | Calling | None:
         """What answers must conform to; InvalidRequest where an option means nothing to this model."""
         for token in options.logit_bias:
             if token >= self.tokens.vocab_size:
                 problem = f"is beyond this model's vocabulary; token ids are below {self.tokens.vocab_size}"
                 raise InvalidRequest(f"logit_bias[{token}]", problem)
-        return self._grammars.compile(options.response_format)
+        grammar = self._grammars.compile(options.response_format)
+        form = self.tokens.calls
+        if offer is None or form is None:
+            return grammar
+        if grammar is not None:
+            problem = f"is {shorten(options.response_format)}, and `tools` may be called; give one of them"
+            raise InvalidRequest("response_format", problem)
+        return Calling(
+            self._grammars.calls(offer, listed=form.listed),
+            form,
+            required=offer.required,
+            parallel=offer.parallel,
+            newlines=self.tokens.encode_text("\n", bos=False),
+            eos=self._grammars.eos,
+        )
 
 
 def _stops(request: Request, *, guarded: bool) -> Stops:

@@ -3,17 +3,18 @@
 Knows roles and texts of messages; no tokens.
 """
 
+import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import suppress
 from functools import partial, update_wrapper
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import htmlsafe_json_dumps
 
 from .errors import WeightsError
 
@@ -60,16 +61,38 @@ class ChatTemplate:
         self._given |= {key: token_text(token) for key, token in tokens.items() if not isinstance(token, bool)}
         self._check_contents()
 
-    def render(self, messages: Sequence[tuple[str, str]]) -> str:
-        """The prompt's text; jinja2.TemplateError where the template refuses these messages."""
-        turns = [{"role": role, "content": content} for role, content in messages]
+    def render(self, messages: Sequence[tuple[str, str]], **tools: Any) -> str:
+        """The prompt's text; jinja2.TemplateError where the template refuses these messages.
+
+        Args:
+            messages: role and content of each.
+            tools: what the model may call: `in_system`, text that the first message carries along, or `tools`, objects.
+        """
+        turns: list[dict[str, Any]] = [{"role": role, "content": content} for role, content in messages]
         self._sandbox.budget.left = _BASE + _EACH * len(turns)
+        given = self._given
+        if "in_system" in tools:
+            turns[0]["tools"] = tools["in_system"]
+        elif tools:
+            self._sandbox.budget.left += 10 * len(json.dumps(tools))
+            given = {**given, **tools}
         try:
-            return self._template.render(messages=turns, add_generation_prompt=True, **self._given)
+            return self._template.render(messages=turns, add_generation_prompt=True, **given)
         except jinja2.TemplateError:
             raise
         except Exception as error:
             raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from error
+
+    @property
+    def place_of_tools(self) -> Literal["system", "variable"] | None:
+        """Where the template takes tools: in the system message (Phi-4-mini), or as a variable (Qwen and others)."""
+        name, turns = "\ue000tool\ue001", [("system", "a"), ("user", "a")]
+        probe = {"type": "function", "function": {"name": name, "description": "a", "parameters": {"type": "object"}}}
+        for place, tools in (("system", {"in_system": name}), ("variable", {"tools": [probe]})):
+            with suppress(jinja2.TemplateError):
+                if name in self.render(turns, **tools):
+                    return place  # type: ignore[return-value]
+        return None
 
     def refuses(self, messages: Sequence[tuple[str, str]]) -> bool:
         """Whether the template cannot express these messages."""
@@ -213,7 +236,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def _tojson(self, value: Any, indent: int | None = None) -> Any:
         if (indent or 0) > 16:
             raise jinja2.sandbox.SecurityError("it asks for an indentation that is too large")
-        return self._paid(htmlsafe_json_dumps(value, dumps=self.policies["json.dumps_function"], indent=indent))
+        return self._paid(json.dumps(value, ensure_ascii=False, indent=indent))  # as in transformers
 
     def _join(self, items: Iterable[Any], separator: str = "", attribute: str | None = None) -> str:
         texts = [str(item if attribute is None else self.getitem(item, attribute)) for item in items]

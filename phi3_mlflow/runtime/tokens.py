@@ -13,9 +13,11 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from . import vocabulary
+from .calls import Form
 from .errors import InvalidRequest, WeightsError
 from .layouts import Layouts, Place
 from .templates import ChatTemplate, token_text
+from .tools import Function
 
 # Unicode's White_Space property: what the tokenizers library strips beside a token with lstrip or rstrip.
 # (Python's own str.strip() also takes U+001C to U+001F.)
@@ -23,6 +25,8 @@ _WHITE_SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u200
     "\u2028\u2029\u202f\u205f\u3000"
 )
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
+# The system message of Phi-4-mini's model card, for conversations with tools that have none.
+_WITH_TOOLS = "You are a helpful assistant with some tools."
 # Characters that take about a millisecond to encode.
 _LONG = 2000
 
@@ -40,6 +44,7 @@ class Tokens:
         longest_piece: UTF-8 bytes of text that one token can stand for, at most.
         problem: why there are no chats; None where there are.
         chat_template: the Jinja template, which may be one that cannot be used.
+        calls: how the model writes calls of tools; None where its template takes none.
         named: the texts of those control tokens that `config` gives a part, by its names for them.
 
     Raises:
@@ -80,6 +85,8 @@ class Tokens:
             if template:
                 raise
             self.problem = str(error)
+        takes_tools = self._layouts is not None and self._layouts.tools is not None
+        self.calls = Form.of(self.control) if takes_tools else None
 
     @classmethod
     def from_folder(cls, folder: Path, *, template: bool = True, chat_template: str | None = None) -> "Tokens":
@@ -118,11 +125,12 @@ class Tokens:
         """Ids of the control tokens by their text."""
         return {text: token["id"] for text, token in self._control.items()}
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], functions: Sequence[Function] = ()) -> list[int]:
         """The prompt for the next assistant message.
 
         Args:
-            messages: each with `role` (one of `layouts.ROLES`) and `content`.
+            messages: each with `role` (one of `layouts.ROLES`, or `tool`), `content`, and `calls` where it made some.
+            functions: what the model is told that it may call, where `calls` is not None.
 
         Returns:
             The ids that transformers' `apply_chat_template(messages, add_generation_prompt=True)` gives for text
@@ -133,14 +141,33 @@ class Tokens:
         """
         if self._layouts is None:
             raise InvalidRequest("messages", f"is given, and this model answers no chats: {self.problem}")
+        tools = None
+        if functions:
+            in_system = self._layouts.tools == "system"
+            told = [each.as_told() for each in functions]
+            wrapped = told if in_system else [{"type": "function", "function": each} for each in told]
+            tools = json.dumps(wrapped, ensure_ascii=False)
+            if in_system and messages[0]["role"] != "system":
+                messages = [{"role": "system", "content": _WITH_TOOLS}, *messages]
+        contents = [self._content(message) for message in messages]
+        contents += [] if tools is None else [[tools]]
         runs: list[int | str] = []
-        for part in self._layouts.layout(tuple(message["role"] for message in messages)):
-            piece = part.content(messages) if isinstance(part, Place) else part
-            if isinstance(piece, str) and runs and isinstance(runs[-1], str):
-                runs[-1] += piece
-            else:
-                runs.append(piece)
+        for part in self._layouts.layout(tuple(message["role"] for message in messages), tools):
+            for piece in part.fill(contents) if isinstance(part, Place) else [part]:
+                if isinstance(piece, str) and runs and isinstance(runs[-1], str):
+                    runs[-1] += piece
+                else:
+                    runs.append(piece)
         return self._encode_runs(runs)
+
+    def _content(self, message: Mapping[str, Any]) -> list[int | str]:
+        calls = message.get("calls", ())
+        if not calls:
+            return [message["content"]]
+        assert self.calls is not None
+        written = self.calls.written([(call.name, call.arguments) for call in calls])
+        text = message["content"]
+        return [text + "\n" * (not self.calls.listed), *written] if text else written
 
     def encode_text(self, prompt: str, *, bos: bool = True) -> list[int]:
         """The prompt as it is, without a template.

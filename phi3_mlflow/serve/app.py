@@ -141,12 +141,15 @@ class Server:
         self._observers = observers
 
     async def _chat(self, request: HttpRequest) -> Response:
-        return await self._answer(request, openai.parse_chat)
+        def parse(body: Mapping[str, Any], service: Service) -> openai.Wanted:
+            return openai.parse_chat(body, service.defaults, tools=service.calls_tools)
+
+        return await self._answer(request, parse)
 
     async def _completions(self, request: HttpRequest) -> Response:
-        return await self._answer(request, openai.parse_completion)
+        return await self._answer(request, lambda body, service: openai.parse_completion(body, service.defaults))
 
-    async def _answer(self, request: HttpRequest, parse: Callable[..., openai.Wanted]) -> Response:
+    async def _answer(self, request: HttpRequest, parse: Callable[[Any, Service], openai.Wanted]) -> Response:
         """A completion of either kind, whole or as a stream."""
         body = await self._body(request)
         async with AsyncExitStack() as stack:
@@ -154,7 +157,7 @@ class Server:
             service = loaded.service
 
             def read() -> tuple[openai.Wanted, list[Prepared], list[str | None]]:
-                wanted = parse(body, service.defaults)
+                wanted = parse(body, service)
                 prepared = [service.prepare(each) for each in wanted.requests]
                 return wanted, prepared, [openai.echoed(each, service.tokens) for each in wanted.requests]
 

@@ -41,21 +41,22 @@ class Wanted:
     include_usage: bool
 
 
-def parse_chat(body: Mapping[str, Any], defaults: Options) -> Wanted:
+def parse_chat(body: Mapping[str, Any], defaults: Options, *, tools: bool = False) -> Wanted:
     """Checks a body of /v1/chat/completions.
 
     Args:
         body: without `model`.
         defaults: the model's own options.
+        tools: whether the model can call tools.
 
     Raises:
         InvalidRequest: names the field, the value and what is allowed.
     """
     values, stream, include_usage = _common(body)
-    if (choice := values.pop("tool_choice", None)) not in (None, "none"):
-        raise InvalidRequest("tool_choice", f"is {shorten(choice)}, and Phi-3 was not trained to call tools")
     if values.get("tools") == []:
         del values["tools"]
+    if values.get("tool_choice") == "none" and "tools" not in values:
+        del values["tool_choice"]
     most = values.pop("max_completion_tokens", None)
     if most is not None:
         if values.get("max_tokens") not in (None, most):
@@ -64,7 +65,7 @@ def parse_chat(body: Mapping[str, Any], defaults: Options) -> Wanted:
         values["max_tokens"] = most
     if isinstance(values.get("messages"), list):
         values["messages"] = [_message(index, message) for index, message in enumerate(values["messages"])]
-    request = chat.parse_chat(values, defaults, stream=stream)
+    request = chat.parse_chat(values, defaults, stream=stream, tools=tools)
     return Wanted("llm/v1/chat", [request], stream, include_usage)
 
 
@@ -198,7 +199,7 @@ class Shape:
                 text, likely = self._text(place, choice.text, choice.logprobs, first=True)
                 body: dict[str, Any] = {"text": text}
                 if self._chat:
-                    body = {"message": {"role": "assistant", "content": text, "refusal": None}}
+                    body = {"message": {**chat.message(choice), "refusal": None}}
                 choices.append(
                     {
                         "index": self._index(place, index),
@@ -236,12 +237,12 @@ class Shape:
         index = self._index(place, piece.choice)
         first = index not in self._opened
         chunks = []
-        if piece.text or first:
+        if piece.text or piece.calls or first:
             self._opened.add(index)
             text, likely = self._text(place, piece.text, piece.logprobs, first=first)
             body: dict[str, Any] = {"text": text}
             if self._chat:
-                body = {"delta": {"role": "assistant", "content": text} if first else {"content": text}}
+                body = {"delta": chat.delta_of(self._answers[place].choices[piece.choice], piece, first=first)}
             found = chat.logprobs(likely, chat=self._chat)
             chunks.append(self._chunk([{"index": index, **body, "logprobs": None, **found, "finish_reason": None}]))
         if piece.reason is not None:

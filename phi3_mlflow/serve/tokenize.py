@@ -30,8 +30,9 @@ def tokenize(body: Mapping[str, Any], service: Service) -> dict[str, Any]:
     if "messages" in values:
         if Flag().check("add_generation_prompt", values.pop("add_generation_prompt", True)) is False:
             raise InvalidRequest("add_generation_prompt", "is false; prompts of this server always end with one")
-        request = openai.parse_chat(values, Options()).requests[0]
-        ids = service.tokens.encode_chat(request.prompt)  # type: ignore[arg-type]
+        request = openai.parse_chat(values, Options(), tools=service.calls_tools).requests[0]
+        functions = () if request.tools is None else request.tools.functions
+        ids = service.tokens.encode_chat(request.prompt, functions)  # type: ignore[arg-type]
     else:
         special = Flag().check("add_special_tokens", values.pop("add_special_tokens", True))
         prompt = values.pop("prompt", None)
