@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from phi3_mlflow.runtime.decoders.base import Part
+from phi3_mlflow.runtime.decoders.base import Decoder, Growth, Part
+from phi3_mlflow.runtime.decoders.blocks import Blocks
 from phi3_mlflow.runtime.tokens import Tokens
 
 WORDS = ["hello", "world", "the", "capital", "of", "spain", "is", "madrid", "user", "end", "yes", "no", "one", "two"]
@@ -145,7 +146,7 @@ def hashed(state: object, size: int = LOGITS) -> np.ndarray:
     return np.random.default_rng(int.from_bytes(digest, "big")).standard_normal(size, np.float32)
 
 
-class FakeDecoder:
+class FakeDecoder(Decoder):
     """A decoder whose logits come from a script, or from a hash of all that its sequence was computed with.
 
     The hash covers for every token which others it was prefilled together with, so that logits differ as soon as a
@@ -157,7 +158,7 @@ class FakeDecoder:
         chunk: see Decoder.
         context_length: see Decoder.
         capacity: see Decoder; None for room in every slot.
-        block: see Decoder.
+        block: tokens of a block, which several sequences may share.
         mixed: see Decoder.
         cost: see Decoder.
         switch: see Decoder.
@@ -182,7 +183,8 @@ class FakeDecoder:
         on_call: Callable[[str, int | None, list[int]], None] = lambda name, slot, ids: None,
     ):
         self.slots, self.chunk, self.context_length, self.eos = slots, chunk, context_length, EOS
-        self.capacity, self.block = capacity or slots * context_length, block
+        self.capacity = capacity or slots * (-(-context_length // block) * block)
+        self._blocks = Blocks(self.capacity // block, slots, block)
         self.mixed, self.cost, self.switch = mixed, cost, switch
         self.calls: list[tuple[str, int | None, list[int]]] = []
         self.closed = False
@@ -236,19 +238,21 @@ class FakeDecoder:
         held = len(self._sequences[slot])
         assert 0 <= length <= held
         del self._sequences[slot][length:]
+        self._blocks.truncate(slot, length)
         # An answer goes on only where what was proposed, or what a failed step may have left, is taken back.
         goes_on = self._certain[slot] <= length < held or (self._failed and length >= self._prompts[slot])
         self._answers[slot] = self._answers[slot] and goes_on
-
-    def reserve(self, slot: int, length: int) -> bool:
-        return True
 
     def copy(self, source: int, target: int, length: int) -> None:
         self._note("copy", target, [source, length])
         assert source != target
         assert 0 <= length <= len(self._sequences[source])
         self._sequences[target] = self._sequences[source][:length]
+        self._blocks.share(source, target, length)
         self._answers[target] = False
+
+    def room(self, growths: Iterable[Growth]) -> int:
+        return self._blocks.size * self._blocks.taken(growths)
 
     def close(self) -> None:
         assert not self.closed
@@ -271,8 +275,7 @@ class FakeDecoder:
         alone = self.mixed or not prefilled
         self._sequences[slot] += [(token, (token,) if alone else tuple(ids)) for token in ids]
         assert len(self._sequences[slot]) <= self.context_length
-        held = sum(-(-len(sequence) // self.block) * self.block for sequence in self._sequences)
-        assert held <= self.capacity, "no room is left"
+        self._blocks.grow({slot: len(self._sequences[slot])})
 
     def _logits(self, slot: int, length: int) -> np.ndarray:
         sequence = [token for token, _ in self._sequences[slot][:length]]

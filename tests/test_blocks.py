@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from phi3_mlflow.runtime.decoders.base import Growth
 from phi3_mlflow.runtime.decoders.blocks import Blocks, Copy, OutOfBlocks
 
 SIZE, COUNT, SLOTS = 4, 12, 3
@@ -56,15 +57,16 @@ def test_whatever_is_shared_cut_and_grown_each_sequence_reads_what_it_wrote(step
         if operation == "grow":
             wanted = {slot: len(store.expected[slot]) + more for slot, more in arguments[0].items()}
             tables = [list(table) for table in store.blocks.tables]
-            needed, free = store.blocks.missing(wanted), store.blocks.free
+            ends = {slot: max(wanted.get(slot, 0), len(store.expected[slot])) for slot in range(SLOTS)}
+            taken = store.blocks.taken(Growth(slot, len(store.expected[slot]), end) for slot, end in ends.items())
             try:
                 store.grow(wanted)
             except OutOfBlocks:
-                assert needed > free
+                assert taken > COUNT
                 assert store.blocks.tables == tables
             else:
                 # What was foretold is what it took.
-                assert store.blocks.free == free - needed
+                assert store.blocks.free == COUNT - taken
         elif operation == "truncate":
             slot, length = arguments
             store.blocks.truncate(slot, length)
@@ -92,8 +94,9 @@ def test_a_shared_block_is_copied_for_the_one_that_writes_and_the_last_one_keeps
     blocks.grow({0: 6})
     blocks.share(0, 1, 6)
     blocks.share(0, 2, 5)
-    assert blocks.missing({0: 7, 1: 7}) == 2
-    assert blocks.missing({0: 7, 1: 7, 2: 7}) == 2
+    assert blocks.taken([Growth(0, 6, 7), Growth(1, 6, 7), Growth(2, 5, 5)]) == 4
+    assert blocks.taken([Growth(0, 6, 7), Growth(1, 6, 7), Growth(2, 5, 7)]) == 4
+    assert blocks.taken([Growth(0, 6, 7), Growth(1, 6, 7)]) == 3
     assert blocks.grow({1: 7}) == [Copy(1, 2)]
     assert blocks.grow({0: 7, 2: 6}) == [Copy(1, 3)]
     assert blocks.tables == [[0, 3], [0, 2], [0, 1]]
@@ -114,4 +117,15 @@ def test_lengths_that_are_held_already_take_nothing():
     blocks = Blocks(2, 2, SIZE)
     blocks.grow({0: 5})
     blocks.share(0, 1, 5)
-    assert blocks.missing({0: 5, 1: 3}) == 0
+    assert blocks.grow({0: 5, 1: 3}) == []
+    assert blocks.free == 0
+
+
+def test_sequences_that_are_still_to_begin_like_another_one_take_their_own_blocks_only():
+    blocks = Blocks(10, 4, SIZE)
+    blocks.grow({0: 10, 3: 4})
+    assert blocks.taken([Growth(0, 10, 13)]) == 4
+    assert blocks.taken([Growth(0, 10, 13), Growth(0, 8, 13)]) == 6
+    assert blocks.taken([Growth(0, 10, 13), Growth(0, 9, 13)]) == 6
+    assert blocks.taken([Growth(0, 10, 13), Growth(0, 0, 13)]) == 8
+    assert blocks.taken([]) == 0

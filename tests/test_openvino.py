@@ -20,7 +20,7 @@ import pytest
 
 from phi3_mlflow.runtime import manifest
 from phi3_mlflow.runtime.chat import Request
-from phi3_mlflow.runtime.decoders.base import CannotBatch, Part
+from phi3_mlflow.runtime.decoders.base import CannotBatch, Growth, Part
 from phi3_mlflow.runtime.decoders.batched import BatchedDecoder
 from phi3_mlflow.runtime.decoders.blocks import OutOfBlocks
 from phi3_mlflow.runtime.errors import InvalidRequest
@@ -253,16 +253,17 @@ def test_a_shared_prefix_takes_its_room_once():
     assert decoder.capacity == 320
     prefix = ids(192, 0)
     read(decoder, 0, prefix)
-    assert decoder.fits({0: 256, 1: 64})
-    assert not decoder.fits({0: 256, 1: 96})
+    assert decoder.room([Growth(0, 192, 256), Growth(1, 0, 64)]) == 320
+    assert decoder.room([Growth(0, 192, 225), Growth(0, 192, 225)]) == 192 + 4 * 32
     for slot in (1, 2, 3):
         decoder.copy(0, slot, 192)
-    assert decoder.fits(dict.fromkeys(range(4), 224))
-    assert not decoder.fits(dict.fromkeys(range(4), 225))
+    assert decoder.room(Growth(slot, 192, 224) for slot in range(4)) == 320
     decoder.step({slot: Part(ids(32, slot)) for slot in range(4)})
-    assert not decoder.fits({0: 225})
+    assert decoder.room(Growth(slot, 224, 224) for slot in range(4)) == 320
+    with pytest.raises(OutOfBlocks):
+        decoder.step({0: Part([7])})
     decoder.rewind(3, 192)
-    assert decoder.fits({0: 225})
+    decoder.step({0: Part([7])})
     decoder.close()
 
 
@@ -361,6 +362,33 @@ def configure(folder, **values):
     config["model"]["decoder"] |= values
     path.write_text(json.dumps(config), "utf-8")
     manifest.write(folder)
+
+
+def test_six_requests_that_share_a_long_prefix_run_together_where_two_others_have_room():
+    decoder = OpenVinoDecoder(ONNX, slots=6, context_length=1024, threads=1, kv_budget=2 * 32 * BLOCK_BYTES)
+    service = Service(Tokens.from_folder(ONNX), decoder, renew_after=None)
+    system = {"role": "system", "content": "You are a helpful assistant. " * 120}
+    cities = {"Spain": "Madrid", "France": "Paris", "Italy": "Rome", "Norway": "Oslo", "Japan": "Tokyo", "Cuba": "Hav"}
+    seen, step = [], decoder.step
+
+    def watched(parts):
+        seen.append(service.statistics())
+        return step(parts)
+
+    decoder.step = watched
+    questions = [{"role": "user", "content": f"What is the capital of {country}?"} for country in cities]
+    bodies = [{"messages": [system, question], "max_tokens": 150} for question in questions]
+    runs = [service.start(body) for body in bodies]
+    answers = [run.wait() for run in runs]
+    assert all(3 * (answer.prompt_tokens + 149) > decoder.capacity for answer in answers)
+    assert max(now.running for now in seen) == 6
+    assert all(now.used <= now.held <= now.capacity == 2048 for now in seen)
+    counts = service.statistics()
+    assert counts.computed < 1200  # one prefix, and what is behind it
+    assert counts.held == 32 * len({block for table in decoder._blocks.tables for block in table})
+    together = [answer.choices[0].text for answer in answers]
+    assert together == [service.start(body).wait().choices[0].text for body in bodies]
+    service.close()
 
 
 def test_a_service_over_it_gives_each_request_the_answer_it_gets_alone():
@@ -572,6 +600,9 @@ def test_a_sequence_that_is_rewound_or_copied_over_the_switch_is_computed_anew(l
     read(decoder, 0, prompt)
     decoder.copy(0, 1, 90)
     decoder.rewind(0, 90)
+    # Both are shared as long as neither grows, and then computed anew.
+    assert decoder.room([Growth(0, 90, 90), Growth(1, 90, 90)]) == 96
+    assert decoder.room([Growth(0, 90, 96), Growth(1, 90, 96)]) == 192
     same(decoder.step({0: Part(prompt[90:96], 6)})[0], short[-6:], 1e-4)
     same(decoder.step({1: Part(prompt[90:96], 6), 0: Part(prompt[96:], 4)})[1], short[-6:], 1e-4)
     same(decoder.step({1: Part(prompt[96:], 4)})[1], long[-4:], 1e-4)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi3_mlflow.runtime.decoders.base import Part
+from phi3_mlflow.runtime.decoders.blocks import OutOfBlocks
 from phi3_mlflow.runtime.errors import Busy, Unavailable
 from phi3_mlflow.runtime.generation import Generation
 from phi3_mlflow.runtime.jobs import MOST, Batch, Job, Queue
@@ -676,6 +677,71 @@ def test_room_is_reckoned_in_whole_blocks(start):
     assert ask(scheduler, LETTERS[:20], 11).result() == alone(LETTERS[:20], 11)
 
 
+def test_as_many_answers_run_as_have_room_beside_the_prefix_that_they_share(start):
+    most, sizes = 0, []
+
+    def on_call(name, slot, ids):
+        nonlocal most
+        now = scheduler.statistics()
+        most = max(most, now.running)
+        sizes.append((now.used, now.held))
+        assert 0 <= now.used <= now.held <= now.capacity
+
+    prefix = (LETTERS * 4)[:90]
+    # Each needs 90 + 4 + 6 - 1 tokens, which take 13 blocks: two that share nothing have room.
+    values = {"chunk": 8, "context_length": 104, "mixed": True}
+    decoder = FakeDecoder(slots=6, block=8, capacity=26 * 8, on_call=on_call, **values)
+    scheduler = start(decoder)
+    prompts = [[*prefix, *LETTERS[at : at + 4]] for at in range(6)]
+    asked = [ask(scheduler, prompt, 6) for prompt in prompts]
+    assert [one.result() for one in asked] == [alone(prompt, 6, **values) for prompt in prompts]
+    assert most == 6
+    assert max(sizes)[1] <= 26 * 8
+    assert scheduler.counts.computed == 94 + 5 * 6  # eleven blocks that all of them share, and what is behind them
+    held = scheduler.statistics().held
+    assert held == 8 * len({block for table in decoder._blocks.tables for block in table}) < 6 * 90
+    # Something else that needs nearly all of it makes the others go.
+    other = (LETTERS[::-1] * 4)[:99]
+    assert ask(scheduler, other, 6).result() == alone(other, 6, **values)
+    assert scheduler.statistics().held <= 26 * 8
+
+
+class Bounded(FakeDecoder):
+    """Remembers whether it ever ran out of blocks."""
+
+    ran_out = False
+
+    def _append(self, slot, ids, prefilled):
+        try:
+            super()._append(slot, ids, prefilled)
+        except OutOfBlocks:
+            self.ran_out = True
+            raise
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    slots=st.integers(1, 4),
+    chunk=st.integers(1, 6),
+    block=st.integers(1, 7),
+    more=st.integers(0, 8),
+    mixed=st.booleans(),
+    prompts=st.lists(st.lists(st.sampled_from(LETTERS[:2]), min_size=1, max_size=20), min_size=1, max_size=10),
+)
+def test_what_was_admitted_never_runs_out_of_room(slots, chunk, block, more, mixed, prompts):
+    capacity = (-(-26 // block) + more) * block
+    values = {"chunk": chunk, "mixed": mixed, "context_length": 26}
+    decoder = Bounded(slots=slots, block=block, capacity=capacity, **values)
+    scheduler = Scheduler(decoder, renew_after=0.0)
+    try:
+        for some in (prompts[::2], prompts[1::2]):
+            asked = [ask(scheduler, prompt) for prompt in some]
+            assert [one.result() for one in asked] == [alone(prompt, **values) for prompt in some]
+    finally:
+        scheduler.close()
+    assert not decoder.ran_out
+
+
 def test_idle_slots_keep_their_tokens_until_the_room_is_needed(start):
     decoder = FakeDecoder(lambda prompt: [], slots=3, capacity=40, context_length=40)
     scheduler = start(decoder)
@@ -843,12 +909,12 @@ def test_before_an_answer_has_ended_those_that_run_say_how_long_one_takes(start)
     assert reached.wait(PATIENCE)
     (slot,) = scheduler._slots
     before = time.monotonic() - slot.job.admitted
-    estimate = scheduler._taken(slot)
+    estimate = scheduler._pace.taken(slot)
     after = time.monotonic() - slot.job.admitted
     go_on.set()
     assert before * 500 / 13 <= estimate <= after * 500 / 13  # 13 of 500 tokens are there
     one.result()
-    assert scheduler._pace > 0
+    assert scheduler._pace.seconds > 0
 
 
 def test_waiting_jobs_are_looked_through_while_others_come(start):

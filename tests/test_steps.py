@@ -70,7 +70,7 @@ def test_an_answer_goes_on_while_prompts_are_read_in_the_time_that_may_pass(monk
     assert {answers for _, answers, _ in taken} == {1}
     assert all(seconds <= GAP for seconds, _, _ in taken)
     # After a few steps that find it out, nearly all of that time is used.
-    assert all(seconds >= 0.8 * GAP for seconds, _, _ in taken[6:-1])
+    assert all(seconds >= 0.75 * GAP for seconds, _, _ in taken[6:-1])
 
 
 def test_a_slow_machine_reads_a_little_in_each_step_and_a_fast_one_much(monkeypatch):

@@ -2,11 +2,11 @@
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .decoders.base import Decoder
+from .decoders.base import Decoder, Growth
 from .generation import Generation
 from .jobs import Job
 
@@ -26,7 +26,6 @@ class Slot:
         usable: how many of them, from the first, another prompt may begin with.
         pending: what is still to be prefilled: of the prompt, or without a job of the last answer.
         turn: the job's place in the order of admission.
-        fresh: whether the job has no chunk of its prompt prefilled yet.
         renew: whether idle time should compute the answer again.
     """
 
@@ -36,7 +35,6 @@ class Slot:
     job: Job | None = None
     pending: Sequence[int] = ()
     turn: int = 0
-    fresh: bool = False
     renew: bool = False
 
     @property
@@ -65,44 +63,92 @@ class Prefixes:
         # Prefixes are used again in multiples of so many tokens.
         self._unit = decoder.chunk if reuse == "exact" else 1
 
-    def room(self, tokens: int) -> int:
-        """How much of the decoder's capacity a sequence of so many tokens takes."""
-        block = self._decoder.block
-        return -(-tokens // block) * block
+    def held(self, *, running: bool = False) -> int:
+        """How much of the decoder's capacity is in use, of answers that have a slot alone where that is asked for."""
+        slots = [slot for slot in self.slots if slot.job is not None or not running]
+        return self._decoder.room(Growth(slot.index, len(slot.tokens), len(slot.tokens)) for slot in slots)
 
     def free(self) -> list[Slot]:
         """The slots without a job."""
         return [slot for slot in self.slots if slot.job is None]
 
-    def choose(self, free: Sequence[Slot], generation: Generation) -> Slot:
-        """The free slot that loses next to nothing by beginning with the prompt, or else was used longest ago."""
+    def choose(self, generation: Generation) -> Slot | None:
+        """The free slot that loses next to nothing by beginning with the prompt, or else was used longest ago.
+
+        Returns None where the decoder has no room for the longest answer until another one ends.
+        """
+        free = self.free()
         best = max(free, key=lambda slot: self._reusable(slot, generation))
+        if not self._fits(generation, best):
+            return None
         shared = self._reusable(best, generation)
         lost = best.usable - shared
         if len(self.slots) == 1 or lost < self._unit or lost * _COPIES <= shared:
             return best
+        if shared and not self._fits(generation, best, best):
+            return best
         return min(free, key=lambda slot: (slot.usable >= self._unit, slot.turn))
 
-    def enter(self, slot: Slot, generation: Generation) -> None:
-        """Leaves in a slot what the prompt begins with, and notes what is still to be prefilled."""
+    def enter(self, slot: Slot, job: Job) -> None:
+        """Gives a slot to a job: leaves there what the prompt begins with, and notes what is still to be prefilled.
+
+        Others are forgotten, longest unused first, until the rest has room.
+        """
+        generation = job.generation
         kept = self._decoder.reserve(slot.index, generation.most_tokens)
         self.keep(slot, self._reusable(slot, generation) if kept else 0)
-        slot.pending = generation.prompt[len(slot.tokens) :]
-
-    def begin(self, slot: Slot, job: Job) -> None:
-        """Before the first chunk: begins with a copy of what another slot shares, if that is more.
-
-        Here and not in `enter`, so that prompts that came together share too.
-        """
-        slot.fresh = False
-        generation = job.generation
-        source = max(self.slots, key=lambda other: self._reusable(other, generation))
-        length = self._reusable(source, generation)
-        if length > len(slot.tokens):
-            self._decoder.copy(source.index, slot.index, length)
-            slot.tokens, slot.usable = source.tokens[:length], length
-            slot.pending = generation.prompt[length:]
+        source = self._source(slot, generation)
+        idle = sorted((other for other in self.free() if other is not source), key=lambda other: other.turn)
+        while idle and not self._fits(generation, slot, *idle, *((source,) if source.job is None else ())):
+            self.forget(idle.pop(0))
         job.reused = len(slot.tokens)
+        slot.pending = generation.prompt[job.reused :]
+        self.share(slot, job)
+
+    def share(self, slot: Slot, job: Job) -> int:
+        """Begins a slot with a copy of what another one has come to hold of the prompt, if that is more.
+
+        Returns how many tokens need not be computed for it.
+        """
+        source = self._source(slot, job.generation)
+        length, before = self._reusable(source, job.generation), len(slot.tokens)
+        if source is slot or length <= before:
+            return 0
+        self._decoder.copy(source.index, slot.index, length)
+        slot.tokens, slot.usable = source.tokens[:length], length
+        slot.pending = job.generation.prompt[length:]
+        job.reused += length - before
+        return length - before
+
+    def awaits(self, slot: Slot, others: Iterable[Slot]) -> bool:
+        """Whether a part of a slot's prompt is about to be computed for one of the others."""
+        if slot.job is None or slot.job.generation.reads_prompt:
+            return False
+        prompt, held = slot.job.generation.prompt, len(slot.tokens)
+        limit = len(prompt) - 1
+        prompts = [other.job.generation.prompt for other in others if other.job is not None]
+        return any(_common(other, prompt, limit) // self._unit * self._unit > held for other in prompts)
+
+    def _source(self, slot: Slot, generation: Generation) -> Slot:
+        """The slot that holds most of what the prompt begins with; the given one where none holds more."""
+        return max([slot, *self.slots], key=lambda other: self._reusable(other, generation))
+
+    def _fits(self, generation: Generation, slot: Slot, *idle: Slot) -> bool:
+        """Whether the longest answer has room beside those that run, and some idle slots.
+
+        Args:
+            generation: begins with what is shared most.
+            slot: which one it is, or may be, in.
+            idle: their tokens are to be kept.
+        """
+        source = self._source(slot, generation)
+        growths = [Growth(source.index, self._reusable(source, generation), generation.most_tokens)]
+        for other in self.slots:
+            if other.job is not None and other is not slot:
+                growths.append(Growth(other.index, len(other.tokens), other.job.generation.most_tokens))
+        # Idle time may write again what is not usable.
+        growths += [Growth(other.index, other.usable, other.kept) for other in idle]
+        return self._decoder.room(growths) <= self._decoder.capacity
 
     def write(self, slot: Slot, ids: Sequence[int]) -> bool:
         """Notes what the decoder appended. Returns whether it was a part of `pending`."""
@@ -137,14 +183,6 @@ class Prefixes:
         except Exception:
             _logger.exception("the decoder failed while slot %d was emptied", slot.index)
 
-    def evict(self, idle: Sequence[Slot], room: int) -> None:
-        """Forgets what idle slots keep, longest unused first, until the rest has room."""
-        kept = sum(self.room(slot.kept) for slot in idle)
-        for slot in sorted(idle, key=lambda slot: slot.turn):
-            if kept > room:
-                kept -= self.room(slot.kept)
-                self.forget(slot)
-
     def renewable(self) -> list[Slot]:
         """Idle slots of which a next turn could begin with more, were it prefilled."""
         chunk = self._decoder.chunk
@@ -163,6 +201,10 @@ class Prefixes:
         """How many of the slot's tokens the prompt may begin with; at least one of its own is left to compute."""
         prompt = generation.prompt
         limit = 0 if generation.reads_prompt else min(slot.usable, len(prompt) - 1)
-        pairs = zip(itertools.islice(slot.tokens, limit), prompt, strict=False)
-        shared = next((place for place, (own, other) in enumerate(pairs) if own != other), limit)
-        return shared // self._unit * self._unit
+        return _common(slot.tokens, prompt, limit) // self._unit * self._unit
+
+
+def _common(one: Sequence[int], other: Sequence[int], limit: int) -> int:
+    """How many tokens two sequences begin with alike, at most the limit."""
+    pairs = zip(itertools.islice(one, limit), other, strict=False)
+    return next((place for place, pair in enumerate(pairs) if pair[0] != pair[1]), min(limit, len(one), len(other)))

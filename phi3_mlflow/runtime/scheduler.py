@@ -5,7 +5,6 @@ Knows token ids and slots, no text and no requests. Callers of any thread submit
 
 import itertools
 import logging
-import math
 import os
 import threading
 import time
@@ -18,6 +17,7 @@ from .answers import Piece
 from .decoders.base import Decoder, Part
 from .errors import Busy, Unavailable
 from .jobs import MOST, Batch, Job, Queue
+from .pace import Pace
 from .prefixes import Prefixes, Reuse, Slot
 from .statistics import Counts, Statistics
 from .steps import Steps
@@ -73,7 +73,7 @@ class Scheduler:
         self._queue_limit = queue_limit
         self._queue_timeout = queue_timeout
         self._renew_after = renew_after if reuse == "exact" else None
-        self._pace = 0.0  # seconds that a job takes from admission to its end, a moving average
+        self._pace = Pace()
         self._prefixes = Prefixes(decoder, reuse)
         self._slots = self._prefixes.slots
         self._waiting = Queue()
@@ -117,7 +117,8 @@ class Scheduler:
             # Those that the thread is about to give to free slots do not have to wait.
             count = self._waiting.unbegun - sum(slot.job is None for slot in self._slots)
             if self._queue_limit is not None and count >= self._queue_limit:
-                raise Busy("1 request is waiting" if count == 1 else f"{count} requests are waiting", self._patience())
+                problem = "1 request is waiting" if count == 1 else f"{count} requests are waiting"
+                raise Busy(problem, self._pace.patience(self._slots, self._waiting.unbegun))
             self._waiting.add(batch)
             self._wake.notify()
 
@@ -132,9 +133,9 @@ class Scheduler:
                 waiting=self._waiting.unbegun,
                 queue_limit=self._queue_limit,
                 capacity=self._decoder.capacity,
-                held=sum(len(slot.tokens) for slot in self._slots),
+                held=self._prefixes.held(),
                 alive=not (forked or self._ended or self._closing),
-                used=sum(len(slot.tokens) for slot in self._slots if slot.job is not None),
+                used=self._prefixes.held(running=True),
                 step_seconds=0.0 if began is None else time.monotonic() - began,
                 **vars(self.counts),
             )
@@ -152,23 +153,6 @@ class Scheduler:
             self._wake.notify()
         if wait and threading.current_thread() is not self._thread:
             self._thread.join(_CLOSING)
-
-    def _patience(self) -> int:
-        """Seconds until a request that comes now is begun, if the jobs are like those before. The lock is held."""
-        taken = max([self._pace, *map(self._taken, self._slots)])
-        ahead = max(1, self._waiting.unbegun)
-        return math.ceil(max(1.0, taken * ahead / len(self._slots)))
-
-    def _taken(self, slot: Slot) -> float:
-        """Seconds that a slot's job takes at least; before any has ended, what it takes in all at its present pace."""
-        job = slot.job
-        if job is None:
-            return 0.0
-        taken = time.monotonic() - job.admitted
-        done = len(slot.tokens) - job.reused
-        if self._pace or done <= 0:
-            return taken
-        return taken * (job.generation.most_tokens - job.reused) / done
 
     def _run(self) -> None:
         why = _closed()
@@ -189,7 +173,7 @@ class Scheduler:
             self._sweep()
             self._admit()
             self._end_overdue()
-            for parts in self._steps:
+            for parts in filter(None, self._steps):
                 self._step(parts)
             self._renew()
         except Exception as error:  # no step of the decoder, and nobody's callback: whom it concerns is not known
@@ -218,7 +202,7 @@ class Scheduler:
             late = [] if self._queue_timeout is None else self._waiting.take_late(self._queue_timeout)
             self.counts.ended += len(ending)
             self.counts.failed += len(late)
-            patience = self._patience()
+            patience = self._pace.patience(self._slots, self._waiting.unbegun)
         for job in ending:
             self._deliver_end(job)
         for batch in late:
@@ -228,36 +212,30 @@ class Scheduler:
     def _admit(self) -> None:
         """Gives waiting jobs to free slots."""
         ended = 0
-        while (free := self._prefixes.free()) and ended < MOST:
+        while self._prefixes.free() and ended < MOST:
             with self._wake:
                 if not self._waiting:
                     return
                 generation = self._waiting.first.generation
-                running = [slot.job.generation for slot in self._slots if slot.job is not None]
-                taken = sum(self._prefixes.room(each.most_tokens) for each in (*running, generation))
-                room = self._decoder.capacity - taken
-                if room < 0:
+                slot = self._prefixes.choose(generation)
+                if slot is None:
                     return
                 job = self._waiting.pop()
-                slot = None
-                if job.ending():
+                if ending := job.ending():
                     self.counts.ended += 1
                 else:
-                    slot = self._prefixes.choose(free, generation)
-                    slot.job, slot.fresh, slot.turn, slot.renew = job, True, next(self._turns), job.renew
+                    slot.job, slot.turn, slot.renew = job, next(self._turns), job.renew
                     job.admitted = time.monotonic()
-            if slot is None:
+            if ending:
                 ended += 1
                 self._deliver_end(job)
                 continue
             try:
-                self._prefixes.enter(slot, generation)
+                self._prefixes.enter(slot, job)
+                self.counts.cached += job.reused
             except Exception as error:
                 _logger.exception("the decoder failed")
                 self._fail(slot, error)
-            else:
-                free.remove(slot)
-                self._prefixes.evict(free, room)
 
     def _end_overdue(self) -> None:
         for slot in self._slots:
@@ -265,8 +243,6 @@ class Scheduler:
                 self._deliver_end(self._free(slot))
 
     def _step(self, parts: Mapping[int, Part]) -> None:
-        if not parts:
-            return
         try:
             logits = self._compute(parts)
         except Exception as error:
@@ -288,7 +264,10 @@ class Scheduler:
             return
         self.counts.steps += 1
         for index, part in parts.items():
-            self._take(self._slots[index], part, logits.get(index))
+            try:
+                self._take(self._slots[index], part, logits.get(index))
+            except Exception as error:  # the answer's own failure, or numbers that are none
+                self._fail(self._slots[index], error)
 
     def _least(self, index: int, part: Part) -> Part:
         """The part without what is only proposed."""
@@ -304,21 +283,18 @@ class Scheduler:
     def _take(self, slot: Slot, part: Part, logits: np.ndarray | None) -> None:
         """What a step brought to the answer in a slot."""
         assert slot.job is not None
-        if not self._prefixes.write(slot, part.ids):
-            assert logits is not None
-            self._accept(slot, part.ids, logits)
-            return
-        self.counts.computed += len(part.ids)
-        if logits is None:
-            return
-        if slot.job.generation.reads_prompt:
-            try:
-                slot.job.generation.read(logits)
-            except Exception as error:
-                self._fail(slot, error)
+        ids = part.ids
+        if self._prefixes.write(slot, ids):
+            self.counts.computed += len(ids)
+            if logits is None:
                 return
-        if not slot.pending:
-            self._accept(slot, part.ids[-1:], logits[-1:])
+            if slot.job.generation.reads_prompt:
+                slot.job.generation.read(logits)
+            if slot.pending:
+                return
+            ids, logits = ids[-1:], logits[-1:]
+        assert logits is not None
+        self._accept(slot, ids, logits)
 
     def _accept(self, slot: Slot, ids: Sequence[int], logits: np.ndarray) -> None:
         """Samples tokens, as long as each is the one that was proposed; what was computed behind another one goes.
@@ -331,14 +307,10 @@ class Scheduler:
         job = slot.job
         assert job is not None
         for place, row in enumerate(logits, 1):
-            try:
-                piece = job.generation.accept(row)
-                right = place < len(ids) and job.generation.next == ids[place]
-                if not right:
-                    self._prefixes.drop(slot, len(ids) - place)
-            except Exception as error:  # the answer's own failure, or numbers that are none
-                self._fail(slot, error)
-                return
+            piece = job.generation.accept(row)
+            right = place < len(ids) and job.generation.next == ids[place]
+            if not right:
+                self._prefixes.drop(slot, len(ids) - place)
             self.counts.generated += 1
             self.counts.accepted += right
             self._deliver(job if piece.reason is None else self._free(slot), piece)
@@ -373,10 +345,8 @@ class Scheduler:
         with self._wake:
             job, slot.job, slot.pending = slot.job, None, ()
             assert job is not None
-            now = time.monotonic()
-            self._renew_at = now + (self._renew_after or 0.0)
-            took = now - job.admitted
-            self._pace += (took - self._pace) * (0.2 if self._pace else 1.0)
+            self._renew_at = time.monotonic() + (self._renew_after or 0.0)
+            self._pace.ended(job)
             self.counts.ended += 1
         return job
 

@@ -66,7 +66,8 @@ class Steps:
         """The steps until all answers have got a token, each composed when the one before is done; some are empty."""
         if self._decoder.mixed:
             answers = self._answers()
-            parts = answers | self._prompts(self._room(_tokens(answers)), _LEAST if answers else self._decoder.chunk)
+            least = _LEAST if answers else self._decoder.chunk
+            parts = answers | self._prompts(self._room(_tokens(answers), least), least)
             began = time.monotonic()
             yield parts
             if self._full and parts:
@@ -76,9 +77,8 @@ class Steps:
             yield self._prompts(self._decoder.chunk, self._decoder.chunk)
             yield self._answers()
 
-    def _room(self, taken: int) -> int:
-        """How many tokens of prompts have room beside so many of answers."""
-        least = _LEAST if taken else self._decoder.chunk
+    def _room(self, taken: int, least: int) -> int:
+        """How many tokens of prompts have room beside so many of answers; at least as many as that."""
         fitting = int(self._gap / self._pace) - taken if self._pace else least
         return min(max(fitting, least), _MOST)
 
@@ -118,10 +118,10 @@ class Steps:
         self._full = sum(len(slot.pending) for slot in waiting) > room
         for slot in waiting:
             assert slot.job is not None
+            if self._prefixes.awaits(slot, (self._prefixes.slots[index] for index in parts)):
+                continue
             try:
-                if slot.fresh:
-                    self._prefixes.begin(slot, slot.job)
-                    self._counts.cached += slot.job.reused
+                self._counts.cached += self._prefixes.share(slot, slot.job)
             except Exception as error:
                 _logger.exception("the decoder failed")
                 self._fail(slot, error)

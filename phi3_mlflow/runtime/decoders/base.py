@@ -4,9 +4,9 @@ A decoder keeps a number of sequences, one to a slot. It knows nothing of text, 
 scheduler's one thread makes every call.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -30,6 +30,14 @@ class Part:
     logits: int = 0
 
 
+class Growth(NamedTuple):
+    """A sequence that begins with the first `held` tokens of a slot's, and may grow to `length`, which is no less."""
+
+    slot: int
+    held: int
+    length: int
+
+
 class Decoder(Protocol):
     """What the scheduler needs of a backend.
 
@@ -37,8 +45,7 @@ class Decoder(Protocol):
         engine: what computes, by its package's name.
         slots: how many sequences can be kept at once, numbered from 0.
         context_length: the most tokens one sequence can hold.
-        capacity: the most tokens all sequences can hold together, a multiple of `block`, at least `context_length`.
-        block: each sequence takes room for a multiple of so many tokens.
+        capacity: the most tokens all sequences can hold together, at least `context_length`; see `room`.
         chunk: prompts are computed in parts of so many tokens.
         mixed: whether one step takes any number of tokens for each of several slots, and keys and values do not depend
             on how a prompt is parted, but for parts of one token. Otherwise a step takes one part alone, or one token
@@ -52,7 +59,6 @@ class Decoder(Protocol):
     slots: int
     context_length: int
     capacity: int
-    block: int
     chunk: int
     mixed: bool
     cost: float
@@ -78,9 +84,18 @@ class Decoder(Protocol):
 
     def reserve(self, slot: int, length: int) -> bool:
         """Makes room for a sequence of so many tokens in a slot. Returns whether what it holds is still there."""
+        return True
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Makes a slot's sequence the first `length` tokens of another's. Not called where `slots` is 1."""
+        raise RuntimeError(f"{self.engine} keeps one sequence")
+
+    def room(self, growths: Iterable[Growth]) -> int:
+        """How much of `capacity` sequences take that grow to their lengths, where no others are kept.
+
+        Changes nothing, and may be called from any thread at any time.
+        """
+        return sum(growth.length for growth in growths)
 
     def close(self) -> None:
         """Frees what the decoder holds. No call follows."""

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from . import exported
-from .base import CannotBatch, Part, context_within
+from .base import CannotBatch, Decoder, Part, context_within
 from .exported import Exported
 from .kv import KVCache, held_by, position_bytes
+from .processor import ONNXRUNTIME_COST
 
 # Read by onnxruntime when it is first imported.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -27,7 +28,7 @@ _MAX_BINDINGS = 64
 _TOLERANCE = 0.1
 
 
-class BatchedDecoder:
+class BatchedDecoder(Decoder):
     """One onnxruntime session that decodes several rows in one step.
 
     A row's tokens are those it would get alone, but for rounding: matrix products of several rows add up in another
@@ -51,10 +52,8 @@ class BatchedDecoder:
     """
 
     engine = "onnxruntime"
-    block = 1
     mixed = False
-    # At full size on two cores one token takes 83 ms, and 16 take 480.
-    cost = 0.3
+    cost = ONNXRUNTIME_COST
     switch = 0
     # As for onnxruntime-genai, so that prompts are computed in the same company and give the same logits. It is how
     # long the other sequences wait: 0.5 to 0.7 s at full size on two cores.
@@ -124,10 +123,6 @@ class BatchedDecoder:
     def rewind(self, slot: int, length: int) -> None:
         """See Decoder."""
         self._kv.truncate(self._rows[slot], length)
-
-    def reserve(self, slot: int, length: int) -> bool:
-        """See Decoder."""
-        return True
 
     def copy(self, source: int, target: int, length: int) -> None:
         """See Decoder."""

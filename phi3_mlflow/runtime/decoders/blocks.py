@@ -4,8 +4,10 @@ Knows blocks, positions and slots; no keys, no values and no token.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+from .base import Growth
 
 
 class OutOfBlocks(RuntimeError):
@@ -45,17 +47,19 @@ class Blocks:
         """How many blocks no sequence holds."""
         return len(self._free)
 
-    def missing(self, lengths: Mapping[int, int]) -> int:
-        """How many blocks it takes to let sequences grow, copies of shared ones included.
-
-        Args:
-            lengths: slot -> its new length. One that is no longer than the sequence takes nothing.
-        """
-        growing = [slot for slot, length in lengths.items() if length > self.lengths[slot]]
-        more = sum(self._blocks(lengths[slot]) - len(self.tables[slot]) for slot in growing)
+    def taken(self, growths: Iterable[Growth]) -> int:
+        """How many blocks sequences take that grow, copies of shared ones included, where no others are kept."""
+        users: Counter[int] = Counter()
+        writers: Counter[int] = Counter()
+        more = 0
+        for slot, held, length in growths:
+            table = self.tables[slot][: self._blocks(held)]
+            users.update(table)
+            more += self._blocks(length) - len(table)
+            if table and held % self.size and held < length:
+                writers[table[-1]] += 1
         # Of those that write to one block, the last one left may keep it.
-        shared = Counter(self.tables[slot][-1] for slot in growing if self._writes_to_shared(slot))
-        return more + sum(min(count, self._users[block] - 1) for block, count in shared.items())
+        return len(users) + more + sum(min(count, users[block] - 1) for block, count in writers.items())
 
     def grow(self, lengths: Mapping[int, int]) -> list[Copy]:
         """Makes sequences longer: all of them, or none.
@@ -69,7 +73,9 @@ class Blocks:
         Raises:
             OutOfBlocks: there are not enough blocks; nothing has changed.
         """
-        if (needed := self.missing(lengths)) > self.free:
+        ends = [max(length, lengths.get(slot, 0)) for slot, length in enumerate(self.lengths)]
+        taken = self.taken(map(Growth, range(len(ends)), self.lengths, ends))
+        if (needed := taken - (len(self._users) - self.free)) > self.free:
             raise OutOfBlocks(f"{needed} blocks of {self.size} tokens are needed, and {self.free} are free")
         copies = []
         for slot, length in lengths.items():

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InvalidRequest, WeightsError
-from .base import Part, context_within
+from .base import Decoder, Part, context_within
+from .processor import ONNXRUNTIME_COST
 
 # The telemetry of onnxruntime and onnxruntime-genai is on by default and is read when they are first imported.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -24,7 +25,7 @@ _LONG, _REST = 0.01, 0.01
 _ROOM, _GROWTH = 256, 4
 
 
-class GenaiDecoder:
+class GenaiDecoder(Decoder):
     """One Generator of onnxruntime-genai, driven token by token.
 
     Args:
@@ -39,10 +40,8 @@ class GenaiDecoder:
 
     engine = "onnxruntime-genai"
     slots = 1
-    block = 1
     mixed = False
-    # At full size on two cores one token takes 83 ms, and 16 take 480.
-    cost = 0.3
+    cost = ONNXRUNTIME_COST
     switch = 0
     # A chunk is how long /ping and cancellation may wait, 0.5 to 0.7 s at full size on two cores. Chunks of 16 to 256
     # tokens were measured to be equally fast.
@@ -96,10 +95,6 @@ class GenaiDecoder:
             self._room = min(self._room * _GROWTH or _ROOM, self.context_length)
         self._generator = None
         return False
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """See Decoder."""
-        raise NotImplementedError("there is one slot")
 
     def close(self) -> None:
         """See Decoder."""

@@ -6,18 +6,18 @@ outgrows the first table is computed anew, which is what Phi3ForCausalLM.prepare
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import WeightsError
 from . import exported, onnx_file
-from .base import CannotBatch, Decoder, Part
+from .base import CannotBatch, Decoder, Growth, Part
 from .onnx_lengths import Lengths
 
 
-class Switching:
+class Switching(Decoder):
     """A decoder that keeps each sequence computed with the table for its length, all of it.
 
     The step in which a sequence comes to the other side, by growing or because it was rewound, takes as long as
@@ -33,7 +33,7 @@ class Switching:
         self._decoder, self.switch = decoder, switch
         self.engine, self.cost = decoder.engine, decoder.cost
         self.slots, self.context_length, self.capacity = decoder.slots, decoder.context_length, decoder.capacity
-        self.block, self.chunk, self.mixed, self.eos = decoder.block, decoder.chunk, decoder.mixed, decoder.eos
+        self.chunk, self.mixed, self.eos = decoder.chunk, decoder.mixed, decoder.eos
         self._ids: list[list[int]] = [[] for _ in range(self.slots)]
         self._held = [0] * self.slots  # how many of them the decoder holds
         self._long = [False] * self.slots  # with which table
@@ -73,6 +73,10 @@ class Switching:
             self._ids[slot].clear()
             self._held[slot] = 0
         return kept
+
+    def room(self, growths: Iterable[Growth]) -> int:
+        """See Decoder."""
+        return self._decoder.room(growths)
 
     def close(self) -> None:
         """See Decoder."""

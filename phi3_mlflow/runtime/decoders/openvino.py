@@ -3,7 +3,7 @@
 Runs the folder that onnxruntime-genai runs; the weights stay in its files.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ..errors import InvalidRequest, WeightsError, shorten
 from . import exported, onnx_file
-from .base import CannotBatch, Part, context_within
+from .base import CannotBatch, Decoder, Growth, Part, context_within
 from .blocks import Blocks
 from .kv import held_by
 from .openvino_attention import BLOCK, give_caches, ov, prove_attention
@@ -27,7 +27,7 @@ _PROGRESS_AFTER, _PROGRESS_EVERY = 2.0, 1.0  # seconds
 _POLL = 500  # milliseconds between two looks of the bar
 
 
-class OpenVinoDecoder:
+class OpenVinoDecoder(Decoder):
     """One compiled OpenVINO model whose steps take any number of tokens for each of several slots.
 
     A sequence's keys and values are in blocks of 32 positions. Sequences that were copied share blocks until one of
@@ -57,7 +57,6 @@ class OpenVinoDecoder:
     mixed = True
     # At full size on two cores one token takes 71 ms, and 16 take 242.
     cost = 0.16
-    block = BLOCK
 
     def __init__(
         self,
@@ -135,26 +134,15 @@ class OpenVinoDecoder:
         del self._ids[slot][length:]
         self._blocks.truncate(slot, length)
 
-    def reserve(self, slot: int, length: int) -> bool:
-        """See Decoder."""
-        return True
-
     def copy(self, source: int, target: int, length: int) -> None:
         """See Decoder. It takes no time and no memory: the blocks are shared."""
         self._ids[target] = self._ids[source][:length]
         self._blocks.share(source, target, min(length, self._blocks.lengths[source]))
         self._long[target] = self._long[source]
 
-    def fits(self, lengths: Mapping[int, int]) -> bool:
-        """Whether sequences can grow, all together.
-
-        Args:
-            lengths: slot -> how many tokens its sequence is to hold. Slots that are not named keep what they hold.
-
-        Returns:
-            Whether there are blocks for it. One that several sequences share counts once.
-        """
-        return self._blocks.missing(lengths) <= self._blocks.free
+    def room(self, growths: Iterable[Growth]) -> int:
+        """See Decoder. A block that several sequences share counts once."""
+        return BLOCK * self._blocks.taken(self._own(growth) for growth in growths)
 
     def close(self) -> None:
         """See Decoder."""
@@ -236,6 +224,12 @@ class OpenVinoDecoder:
             "block_indices_begins": block_begins,
             "max_context_len": max(self._blocks.lengths[slot] for slot in parts),
         }
+
+    def _own(self, growth: Growth) -> Growth:
+        """The growth; from nothing, of which none is shared, where `step` may compute the sequence anew meanwhile."""
+        slot, held, length = growth
+        anew = held < length and self.switch and (self._long[slot] or length > self.switch)
+        return Growth(slot, 0, length) if anew else growth
 
     def _turn_over(self, slot: int, end: int) -> None:
         """Computes a sequence anew that is on the other side of the switch than it was computed for."""

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import WeightsError
-from .base import Part, context_within
+from .base import Decoder, Part, context_within
 
 if TYPE_CHECKING:
     import transformers
 
 
-class PipelineDecoder:
+class PipelineDecoder(Decoder):
     """A causal language model of transformers with one KV cache.
 
     Args:
@@ -26,7 +26,6 @@ class PipelineDecoder:
 
     engine = "transformers"
     slots = 1
-    block = 1
     chunk = 256
     mixed = False
     # With four layers of Phi-3-mini in fp32 on two cores one token takes 108 ms, and each one more 7.
@@ -70,14 +69,6 @@ class PipelineDecoder:
             self._cache = self._new_cache()
         elif surplus > 0:
             self._cache.crop(-surplus)
-
-    def reserve(self, slot: int, length: int) -> bool:
-        """See Decoder."""
-        return True
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """See Decoder."""
-        raise NotImplementedError("there is one slot")
 
     def close(self) -> None:
         """See Decoder."""
