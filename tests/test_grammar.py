@@ -228,6 +228,24 @@ def test_whitespace_is_bounded_everywhere():
         assert not accepts(compiled, text)
 
 
+def test_keys_are_forced_with_the_white_space_that_json_mostly_has_as_long_as_an_answer_has_it():
+    compiled = GRAMMARS.compile(wrap(closed({"a": {"const": 1}, "b": {"type": "integer"}}, required=["a", "b"])))
+
+    def forced():
+        return b"".join(map(piece, compiled.forced()))
+
+    assert forced() == b'{"a": 1, "b": '
+    assert spell(compiled, '{"a":')
+    assert forced() == b' 1, "b": '
+    assert accepts(compiled, '1, "b":2}')  # nothing is forced but what is proposed
+    copied = compiled.copy()
+    assert spell(compiled, "1")
+    assert forced() == b""
+    assert spell(compiled, ', "')
+    assert forced() == b"b"  # the quote behind it may be a part of a longer token
+    assert b"".join(map(piece, copied.forced())) == b' 1, "b": '
+
+
 def test_a_regex_holds_the_whole_answer():
     compiled = GRAMMARS.compile({"type": "regex", "regex": "(yes|no)[.!]?|[0-9]{2}"})
     for seed in range(20):

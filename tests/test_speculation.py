@@ -15,6 +15,7 @@ from fakes import EOS, IDS, LOGITS, TOKENS, FakeDecoder, hashed, spell
 from test_grammar import SCHEMAS, closed, wrap
 
 from phi3_mlflow.runtime.decoders.base import Part
+from phi3_mlflow.runtime.drafts import Drafts
 from phi3_mlflow.runtime.generation import Generation
 from phi3_mlflow.runtime.loading import onnx_decoder
 from phi3_mlflow.runtime.service import Service
@@ -131,12 +132,25 @@ def test_conversations_go_on_in_what_was_proposed_and_what_was_not(load):
 
 def test_an_answer_with_one_way_to_be_written_takes_a_step_for_each_chunk(load):
     text = "the capital of spain is madrid " * 8
-    decoder = FakeDecoder(context_length=400, chunk=16, cost=100)
+    decoder = FakeDecoder(context_length=400, chunk=16, cost=0.9)
     answer = load(decoder).start(chat(response_format={"type": "regex", "regex": text}, max_tokens=300)).wait()
     (choice,) = answer.choices
     assert (choice.text, choice.reason) == (text, "eos")
     assert choice.tokens > 50
     assert decoder.count("decode") == -(-(choice.tokens - 1) // 16)
+
+
+@pytest.mark.parametrize(("cost", "forced", "looked_up"), [(0.1, True, True), (0.9, True, False), (1.0, False, False)])
+def test_what_a_token_more_takes_in_a_step_decides_what_is_proposed(load, cost, forced, looked_up):
+    regex = {"type": "regex", "regex": "the capital of spain is madrid " * 4}
+    service = load(FakeDecoder(context_length=400, chunk=16, cost=cost))
+    service.start(chat(response_format=regex, max_tokens=300)).wait()
+    assert (service.statistics().proposed > 20) is forced
+    # Half of what is found comes.
+    script = [letter for at in range(20) for letter in (*LETTERS[:3], LETTERS[3 + at])]
+    service = load(FakeDecoder(lambda prompt: script, context_length=400, chunk=16, cost=cost))
+    assert service.start(chat()).wait().choices[0].text == TOKENS.decode(script)
+    assert (service.statistics().proposed > 0) is looked_up
 
 
 def test_an_answer_that_quotes_the_prompt_with_one_word_changed_takes_less_than_half_of_the_steps(load):
@@ -282,7 +296,7 @@ def test_tokens_are_proposed_only_where_so_few_answers_run_that_it_pays(load, sl
             assert sum(len(part.ids) for part in answers) <= max(len(answers), self.chunk)
             return super().step(parts)
 
-    decoder = Watched(lambda prompt: LETTERS[:3] * 20, slots=slots, context_length=150, chunk=8, mixed=mixed, cost=0.01)
+    decoder = Watched(lambda prompt: LETTERS[:3] * 30, slots=slots, context_length=150, chunk=8, mixed=mixed, cost=0.01)
     service = load(decoder)
     for run in [service.start(chat(max_tokens=20 * (index + 1))) for index in range(slots)]:
         run.wait()
@@ -365,6 +379,23 @@ def test_answers_that_conform_to_a_schema_take_a_third_fewer_steps_and_are_the_s
     # Several tokens in a step are added up in another order than one by one.
     assert differences <= 1
     assert decoder.decoded <= 2 / 3 * reference.decoded
+
+
+def test_what_a_schema_forces_saves_half_of_the_steps_of_the_answers_that_it_lets_end(load, monkeypatch):
+    monkeypatch.setattr(Drafts, "propose", lambda drafts, most, cost: [])
+    (decoder, service), (reference, plain) = (embedded(load, "genai", each) for each in (True, False))
+    steps = Counter()
+    for schema in SCHEMAS:
+        asked = chat("What is the capital of Spain?", response_format=wrap(schema), max_tokens=40)
+        before = decoder.decoded, reference.decoded
+        _, expected = (each.start(asked).wait() for each in (service, plain))
+        # The others are numbers without end, of which the schema forces no digit.
+        ended = expected.choices[0].reason == "eos"
+        steps["with", ended] += decoder.decoded - before[0]
+        steps["without", ended] += reference.decoded - before[1]
+    assert steps["with", True] <= 0.55 * steps["without", True]
+    counts = service.statistics()
+    assert counts.accepted >= 0.8 * counts.proposed
 
 
 def test_a_question_that_was_answered_before_takes_less_than_half_of_the_steps(load):

@@ -8,7 +8,7 @@ import numpy as np
 
 from .answers import CallPiece, Piece, StopReason, TokenLogprob
 from .calls import Calling, CallReader
-from .drafts import Drafts
+from .drafts import Drafts, worth
 from .grammar import Grammar
 from .options import Options
 from .sampling import Sampler, logprob
@@ -164,7 +164,7 @@ class Generation:
             cost: what one token more takes in a step, as a share of a step of one token.
         """
         most = min(most, self._max_tokens - self.sampled - 1)
-        proposed = [] if self._grammar is None else self._grammar.forced()[:most]
+        proposed = [] if self._grammar is None else self._grammar.forced()[: worth(1.0, cost, most)]
         if not proposed:
             proposed = self._drafts.propose(most, cost)
             if self._grammar is not None:

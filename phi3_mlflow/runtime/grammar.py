@@ -39,6 +39,10 @@ OPTIONS: "JsonCompileOptions" = {
     "coerce_one_of": False,
     "lenient": False,
 }
+# White space as Python's json.dumps writes it. Where it may be left out or be another one, no key is forced.
+USUAL: "JsonCompileOptions" = {
+    **OPTIONS, "whitespace_pattern": None, "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "
+}  # fmt: skip
 
 
 class Grammars:
@@ -64,7 +68,7 @@ class Grammars:
         self._tokenizer = LLTokenizer(text, eos_token=self.eos)
         self._text = np.zeros(vocab_size, dtype=bool)
         self._text[[token for token in pieces if token < vocab_size and token not in self.eos]] = True
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[str, tuple[LLMatcher, LLMatcher | None]] = OrderedDict()
         self._lock = threading.Lock()
 
     def compile(self, response_format: Mapping[str, Any]) -> "Grammar | None":
@@ -104,7 +108,7 @@ class Grammars:
 
     def _schema(self, wrapper: Any) -> "Grammar":
         if wrapper is None:
-            return self._grammar(_json_grammar({"type": "object"}), FIELD)
+            return self._json({"type": "object"}, FIELD)
         outer = f"{FIELD}.json_schema"
         if not isinstance(wrapper, Mapping):
             raise InvalidRequest(outer, f"must be an object with `name` and `schema`; it is {shorten(wrapper)}")
@@ -120,11 +124,11 @@ class Grammars:
         field = f"{outer}.schema"
         schema, patterns = enforceable(_plain(given["schema"], field), field)
         try:
-            return self._grammar(_json_grammar(schema), field)
+            return self._json(schema, field)
         except InvalidRequest:
             # Where one pattern is at fault, the error should point at it and not at the whole schema.
             for pointer, pattern in patterns.items():
-                self._grammar(_json_grammar({"type": "string", "pattern": pattern}), f"{field}{pointer}")
+                self._json({"type": "string", "pattern": pattern}, f"{field}{pointer}")
             raise
 
     def calls(self, offer: Offer, *, listed: bool) -> "Grammar":
@@ -138,37 +142,41 @@ class Grammars:
         Raises:
             InvalidRequest: the parameters of one of them are a schema that cannot be enforced.
         """
-        places = [place for place, function in enumerate(offer.functions) if function.name in offer.names]
-        rules = []
-        for place in places:
-            function, field = offer.functions[place], f"tools[{place}].function.parameters"
-            schema, _ = enforceable(_plain(function.parameters, field), field)
-            self._grammar(_json_grammar(schema), field)  # so that an error names the tool
-            head = json.dumps(f'{{"name": "{function.name}", "arguments": ')
-            rules.append(f'call{place}: {head} arguments{place} "}}"')
-            rules.append(f"arguments{place}: %json {json.dumps({**schema, 'x-guidance': OPTIONS})}")
-        call = f"({' | '.join(f'call{place}' for place in places)})"
-        several = f'(", " {call})*' if offer.parallel else ""
-        start = f'"[" {call} {several} "]"' if listed else f'"\\n" {call} "\\n"'
-        return self._grammar(LLMatcher.grammar_from_lark("\n".join([f"start: {start}", *rules])), "tools")
+        schemas = {}
+        for place, function in enumerate(offer.functions):
+            if function.name in offer.names:
+                field = f"tools[{place}].function.parameters"
+                schemas[function.name], _ = enforceable(_plain(function.parameters, field), field)
+                self._json(schemas[function.name], field)  # so that an error names the tool
+        source, usual = (_calls_grammar(schemas, each, offer, listed) for each in (OPTIONS, USUAL))
+        return self._grammar(source, "tools", usual)
 
-    def _grammar(self, source: str, field: str) -> "Grammar":
+    def _json(self, schema: dict[str, Any], field: str) -> "Grammar":
+        source, usual = (LLMatcher.grammar_from_json_schema(schema, overrides=each) for each in (OPTIONS, USUAL))
+        return self._grammar(source, field, usual)
+
+    def _grammar(self, source: str, field: str, usual: str | None = None) -> "Grammar":
         """A grammar in its first state, compiled at most once while it stays in the cache."""
         with self._lock:
-            matcher = self._compiled.get(source)
-            if matcher is not None:
+            compiled = self._compiled.get(source)
+            if compiled is not None:
                 self._compiled.move_to_end(source)
-        if matcher is None:
-            matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=LLParserLimits(verbose_errors=False))
+        if compiled is None:
+            matcher = self._matcher(source)
             # The first mask builds most of the lexer, and finds grammars that are too complex to be used.
             matcher.compute_bitmask()
             if matcher.is_error():
                 raise InvalidRequest(field, f"cannot be enforced: {_reason(matcher)}")
+            compiled = matcher, None if usual is None else self._matcher(usual)
             with self._lock:
-                self._compiled[source] = matcher
+                self._compiled[source] = compiled
                 while len(self._compiled) > CACHED:
                     self._compiled.popitem(last=False)
-        return Grammar(matcher.deep_copy(), self._text, self.eos, partial(self._discard, source))
+        matcher, other = compiled
+        return Grammar(matcher.deep_copy(), _copy(other), self._text, self.eos, partial(self._discard, source))
+
+    def _matcher(self, source: str) -> LLMatcher:
+        return LLMatcher(self._tokenizer, source, log_level=0, limits=LLParserLimits(verbose_errors=False))
 
     def _discard(self, source: str) -> None:
         with self._lock:
@@ -182,8 +190,16 @@ class Grammar:
     may still run into its token limit; one that ends by itself is complete.
     """
 
-    def __init__(self, matcher: LLMatcher, text: np.ndarray, eos: list[int], discard: Callable[[], None]):
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        usual: LLMatcher | None,
+        text: np.ndarray,
+        eos: list[int],
+        discard: Callable[[], None],
+    ):
         self._matcher = matcher
+        self._usual = usual  # for what has USUAL's white space; None once the answer has not
         self._text = text
         self._eos = eos
         self._discard = discard
@@ -215,14 +231,18 @@ class Grammar:
         if not 0 <= token < len(self._text) or not self.allowed()[token]:
             raise ValueError(f"token {token} is not allowed by the grammar here")
         self._matcher.consume_token(token)
+        if self._usual is not None and not self._usual.try_consume_tokens([token]):
+            self._usual = None
         self._next = None
 
     def forced(self) -> list[int]:
         """The tokens of the only text that may follow, as far as there is no other; none where that is open.
 
-        After each of them the mask decides anew which spelling it allows.
+        White space goes on as USUAL has it, where the answer did so far. After each of them the mask decides anew
+        which spelling it allows.
         """
-        return list(self._matcher.compute_ff_tokens())
+        usual = [] if self._usual is None else self._usual.compute_ff_tokens()
+        return list(usual or self._matcher.compute_ff_tokens())
 
     def following(self, tokens: Sequence[int]) -> int:
         """How many of some tokens may follow, one after the other."""
@@ -230,7 +250,7 @@ class Grammar:
 
     def copy(self) -> "Grammar":
         """An independent grammar in the same state, for another choice of the same request."""
-        return Grammar(self._matcher.deep_copy(), self._text, self._eos, self._discard)
+        return Grammar(self._matcher.deep_copy(), _copy(self._usual), self._text, self._eos, self._discard)
 
     @property
     def finished(self) -> bool:
@@ -282,8 +302,21 @@ def _unspellable(token: int) -> str:
     return f"\ufffe{token}"
 
 
-def _json_grammar(schema: dict[str, Any]) -> str:
-    return LLMatcher.grammar_from_json_schema(schema, overrides=OPTIONS)
+def _copy(matcher: LLMatcher | None) -> LLMatcher | None:
+    return None if matcher is None else matcher.deep_copy()
+
+
+def _calls_grammar(schemas: Mapping[str, Any], options: "JsonCompileOptions", offer: Offer, listed: bool) -> str:
+    """Calls of functions with these schemas of their arguments; see Grammars.calls."""
+    rules = []
+    for place, (name, schema) in enumerate(schemas.items()):
+        head = json.dumps(f'{{"name": "{name}", "arguments": ')
+        rules.append(f'call{place}: {head} arguments{place} "}}"')
+        rules.append(f"arguments{place}: %json {json.dumps({**schema, 'x-guidance': options})}")
+    call = f"({' | '.join(f'call{place}' for place in range(len(schemas)))})"
+    several = f'(", " {call})*' if offer.parallel else ""
+    start = f'"[" {call} {several} "]"' if listed else f'"\\n" {call} "\\n"'
+    return LLMatcher.grammar_from_lark("\n".join([f"start: {start}", *rules]))
 
 
 def _only(given: Mapping[str, Any], needed: set[str], field: str, known: set[str] | None = None) -> None:
