@@ -1,6 +1,7 @@
 """Random requests for as long as asked: arrivals, lengths, cancellations, bad requests. Ends with 1 where it fails.
 
     python benchmarks/soak.py --minutes 30
+    python benchmarks/soak.py --minutes 30 --engine openvino --kv-budget 9MB
 
 Fails where a request stays unanswered or fails, a slot is not given back, or the memory at the end is above that after
 the first third by more than 64 MiB. Counts greedy answers that differ from most others to the same question.
@@ -43,9 +44,8 @@ BAD: list[dict[str, Any]] = [
 class Soak:
     """The clients of one model and what they saw."""
 
-    def __init__(self, folder: Path, parallel: int, queue_limit: int):
-        settings = {"parallel": parallel, "threads": 1, "queue_limit": queue_limit, "queue_timeout": 5.0}
-        self.predictor = Predictor(loading.load(folder, **settings))
+    def __init__(self, folder: Path, **settings: Any):
+        self.predictor = Predictor(loading.load(folder, threads=1, queue_timeout=5.0, **settings))
         self.counts: Counter[str] = Counter()
         self.failures: list[str] = []
         self.answers: dict[tuple[str, int], Counter[str]] = {}
@@ -121,8 +121,12 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--parallel", type=int, default=4)
     parser.add_argument("--queue-limit", type=int, default=6)
+    parser.add_argument("--engine", default="auto", help="auto, genai, onnxruntime or openvino")
+    parser.add_argument("--kv-budget", help="so little that requests wait for room, such as 9MB")
     asked = parser.parse_args()
-    soak = Soak(asked.folder, asked.parallel, asked.queue_limit)
+    settings = {"parallel": asked.parallel, "queue_limit": asked.queue_limit, "engine": asked.engine}
+    soak = Soak(asked.folder, **settings, kv_budget=asked.kv_budget)
+    print(f"through {soak.predictor.service.engine}", flush=True)
     model.PROGRESS_AFTER = math.inf
     begin = time.monotonic()
     end = begin + asked.minutes * 60
