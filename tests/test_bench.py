@@ -46,6 +46,7 @@ def test_the_numbers_are_those_of_what_was_asked(saved, builder):
     result = measured(saved[builder], *SMALL)
 
     assert result["model"]["builder"] == builder
+    assert result["model"]["engine"] == ("onnxruntime-genai" if builder == "onnx" else builder)
     assert result["model"]["parallel"] == 1
     assert result["model"]["context_length"] == 4096
     assert set(result["versions"]) >= ({"torch"} if builder == "transformers" else {"onnxruntime-genai"})
@@ -87,7 +88,10 @@ def test_the_table_names_machine_model_and_versions_and_has_a_line_for_each_case
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert re.search(r"\d+ logical cores, [\d.]+ GiB", lines[0])
-    assert re.search(r"embedded-model, onnx, parallel 1, onnxruntime [\d.]+, onnxruntime-genai [\d.]+$", lines[1])
+    assert re.search(
+        r"embedded-model, onnx through onnxruntime-genai, parallel 1, onnxruntime [\d.]+, onnxruntime-genai [\d.]+$",
+        lines[1],
+    )
     assert "Prompts of 32 tokens, answers of 8, medians of 1 round:" in lines
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     cases = {row[0]: row[1:] for row in rows}
@@ -188,6 +192,7 @@ def test_log_makes_a_run_with_the_numbers_the_plot_and_the_table(saved):
     assert run.info.status == "FINISHED"
     assert run.data.params["tokens"] == "8"
     assert run.data.params["model_builder"] == "onnx"
+    assert run.data.params["model_engine"] == "onnxruntime-genai"
     assert "logical cores" in run.data.params["machine"]
     assert run.data.metrics["prefix_seen_cached_tokens"] > 0
     assert run.data.metrics["memory_peak_bytes"] == result["memory"]["peak_bytes"]

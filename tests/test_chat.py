@@ -317,6 +317,7 @@ def test_log_probabilities_are_asked_for_as_in_openais_two_tasks():
         (parse_completion, {"prompt": "Hello", "top_logprobs": 3}, "top_logprobs", "is for chats"),
         (parse_flat, {"prompt": "Hello", "logprobs": 3}, "logprobs", "one string"),
         (parse_flat, {"prompt": "Hello", "top_logprobs": 3}, "top_logprobs", "one string"),
+        (parse_flat, {"prompt": "Hello", "show_engine": True}, "show_engine", "one string"),
     ]:
         error = refused(parse, body, **({} if parse is parse_chat else {"template": True}))
         assert (error.field, text in str(error)) == (field, True)

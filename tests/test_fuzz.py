@@ -46,8 +46,8 @@ NUMBERS = [
 FIELDS = [
     "temperature", "max_tokens", "stop", "n", "stream", "top_p", "top_k", "frequency_penalty", "presence_penalty",
     "tools", "custom_inputs", "seed", "min_p", "repetition_penalty", "repeat_last_n", "max_time", "context_overflow",
-    "repetition_guard", "self_talk_guard", "response_format", "logit_bias", "logprobs", "top_logprobs", "user",
-    "params", "prompt",
+    "repetition_guard", "self_talk_guard", "show_engine", "response_format", "logit_bias", "logprobs", "top_logprobs",
+    "user", "params", "prompt",
 ]  # fmt: skip
 GOOD = {
     "temperature": [0.0, 0.7, 2.0, 1],
@@ -67,6 +67,7 @@ GOOD = {
     "context_overflow": ["error", "drop_oldest"],
     "repetition_guard": [True, False],
     "self_talk_guard": [True, False],
+    "show_engine": [True, False],
     "custom_inputs": [{}, {"logit_bias": {}}, {"logit_bias": {"100": 100, "7": -3.5}}],
     "response_format": [
         {"type": "text"},

@@ -194,6 +194,8 @@ def test_other_logit_biases_are_refused(value, field):
 def test_switches_and_words_are_checked():
     assert check("repetition_guard", False) is False
     assert check("self_talk_guard", True) is True
+    assert check("show_engine", True) is True
+    assert str(refused("show_engine", "yes")) == "`show_engine` is 'yes'; it must be true or false"
     assert str(refused("repetition_guard", 1)) == "`repetition_guard` is 1; it must be true or false"
     assert str(refused("self_talk_guard", "no")) == "`self_talk_guard` is 'no'; it must be true or false"
     assert check("context_overflow", "drop_oldest") == "drop_oldest"

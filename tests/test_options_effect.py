@@ -321,6 +321,17 @@ def test_the_oldest_turns_are_dropped_on_request(small, loaded, builder):
 
 
 @builders
+def test_an_answer_says_what_computed_it_on_request(loaded, builder):
+    engine = {"onnx": "onnxruntime-genai", "transformers": "transformers"}[builder]
+    answer = ask(loaded[builder], max_tokens=2, show_engine=True)
+    assert answer["custom_outputs"]["engine"] == engine
+    body, params = split(QUESTION, {"max_tokens": 2, "show_engine": True})
+    *_, last = loaded[builder].predict_stream(body, params=params)
+    assert last["custom_outputs"]["engine"] == engine
+    assert "engine" not in ask(loaded[builder], max_tokens=2)["custom_outputs"]
+
+
+@builders
 def test_what_fits_is_not_dropped(small, builder):
     answer = ask(small[builder], TALK[-3:], context_overflow="drop_oldest", max_tokens=8)
 

@@ -30,7 +30,14 @@ _LEAST_DIGITS = 8  # of a prompt; fewer would soon repeat
 # Requests that belong together arrive within this share of the time that one takes alone.
 _SPREAD = 0.1
 _PREFIX_CASES = ("unseen", "seen")
-_PACKAGES = {"onnx": ("onnxruntime", "onnxruntime-genai"), "transformers": ("torch", "transformers")}
+# By engine, or where that is not known by builder.
+_PACKAGES = {
+    "onnx": ("onnxruntime", "onnxruntime-genai"),
+    "onnxruntime-genai": ("onnxruntime", "onnxruntime-genai"),
+    "onnxruntime": ("onnxruntime",),
+    "openvino": ("openvino",),
+    "transformers": ("torch", "transformers"),
+}
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,8 @@ def measure(subject: Subject, plan: Plan, advance: Callable[[int], Any] = lambda
 
         `prefix`: for a prompt of `prompt_tokens`, `unseen` and then `seen` up to its last tokens, `first_token_ms`
         and `cached_tokens` (medians).
+
+        `engine`: what computed the answers; None where the model does not say.
     """
     overhead = subject.overhead()
     requests = Requests(subject, advance)
@@ -120,6 +129,7 @@ def measure(subject: Subject, plan: Plan, advance: Callable[[int], Any] = lambda
         for group in prefixes.values():
             group += requests.together([shared + requests.digits(_NEW)], 1)
     return {
+        "engine": prefixes["seen"][0].engine,
         "concurrency": [_row(count, rounds) for count, rounds in groups.items()],
         "prefix": {
             "prompt_tokens": prefixes["unseen"][0].prompt_tokens,
@@ -202,12 +212,14 @@ def run(
         total = plan.rounds * (sum(plan.concurrency) + len(_PREFIX_CASES))
         with tqdm(total=total, desc="bench", unit=" answers", delay=2, mininterval=1, leave=False) as bar:
             measured = measure(found, plan, bar.update)
+        engine = measured.pop("engine")
         result = {
             "model": {
                 "uri": model_uri or "embedded",
                 "name": name,
                 "task": found.task,
                 "builder": found.builder,
+                "engine": engine,
                 "parallel": int(found.config.get("parallel") or 1),
                 "context_length": found.context_length,
                 "threads": found.config.get("threads"),
@@ -215,7 +227,7 @@ def run(
                 "kv_budget": found.config.get("kv_budget"),
             },
             "machine": machine(),
-            "versions": {package: version(package) for package in _PACKAGES[found.builder]},
+            "versions": {package: version(package) for package in _PACKAGES[engine or found.builder]},
             "settings": {**asdict(plan), "concurrency": ",".join(map(str, plan.concurrency))},
             **measured,
             "memory": {**memory, "peak_bytes": peak()},

@@ -49,7 +49,7 @@ def describe(result: Mapping[str, Any]) -> str:
     """A line for the machine, and a line for the model and the versions of what runs it."""
     model = result["model"]
     uri = "" if model["uri"] == "embedded" else f" ({model['uri']})"
-    subject = f"{model['name']}{uri}, {model['builder']}, parallel {model['parallel']}"
+    subject = f"{model['name']}{uri}, {_how(model)}, parallel {model['parallel']}"
     return f"{line(result['machine'])}\n{subject}, {_versions(result)}"
 
 
@@ -60,7 +60,7 @@ def figure(result: Mapping[str, Any]) -> "Figure":
     rows, settings, prefix = result["concurrency"], result["settings"], result["prefix"]
     plot = Figure(figsize=(12, 4.6), dpi=150, layout="constrained")
     model = result["model"]
-    plot.suptitle(f"{model['name']}  ({model['builder']}, parallel {model['parallel']})", fontsize=13, weight="bold")
+    plot.suptitle(f"{model['name']}  ({_how(model)}, parallel {model['parallel']})", fontsize=13, weight="bold")
     rates, firsts, prefixes = plot.subplots(1, 3, width_ratios=[1.3, 1.3, 1])
 
     names = [str(row["requests"]) for row in rows]
@@ -135,6 +135,12 @@ def log_run(result: Mapping[str, Any], model_id: str | None = None) -> None:
 def _cases(prefix: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The cases of the prefix measurement by their names."""
     return {name: case for name, case in prefix.items() if isinstance(case, Mapping)}
+
+
+def _how(model: Mapping[str, Any]) -> str:
+    """The builder, and the engine where it has another name."""
+    builder, engine = model["builder"], model["engine"]
+    return builder if engine in (builder, None) else f"{builder} through {engine}"
 
 
 def _versions(result: Mapping[str, Any]) -> str:

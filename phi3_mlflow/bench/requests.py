@@ -111,7 +111,7 @@ def _from_environment() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Answer:
-    """One streamed answer: when it was asked for, when its first and last text came (seconds), and what was counted."""
+    """One streamed answer: when it was asked for, when its first and last text came (seconds), and what it says."""
 
     start: float
     first: float
@@ -119,6 +119,7 @@ class Answer:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    engine: str | None
 
     @property
     def first_token_ms(self) -> float:
@@ -150,6 +151,10 @@ class Requests:
         control = dict.fromkeys(subject.tokens.control.values(), -_BIAS)
         self._bias = {str(token): bias for token, bias in (control | dict.fromkeys(digits, _BIAS)).items()}
         self._params: dict[str, Any] = {"repetition_guard": False, "self_talk_guard": False, "max_time": 1e6}
+        # Models that were logged before there was this option do not say.
+        signature = subject.model.metadata.signature
+        if "show_engine" in {param.name for param in signature.params or ()}:
+            self._params["show_engine"] = True
 
     def digits(self, count: int) -> str:
         """Text of so many tokens."""
@@ -232,4 +237,4 @@ def _checked(start: float, arrivals: Sequence[float], last: Mapping[str, Any], t
             f"and should have {tokens}; a default in the model's model_config may be the reason"
         )
     cached = custom.get("cached_tokens", 0)
-    return Answer(start, arrivals[0], arrivals[-1], usage["prompt_tokens"], tokens, cached)
+    return Answer(start, arrivals[0], arrivals[-1], usage["prompt_tokens"], tokens, cached, custom.get("engine"))

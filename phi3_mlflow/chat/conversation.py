@@ -18,7 +18,7 @@ from .models import ChatError, Message, Model
 
 _MAX_FILE = 64 * 2**20  # bytes of a saved conversation
 # A conversation has one answer to each question, and shows its text alone.
-_NOT_HERE = {"n", "logprobs", "top_logprobs"}
+_NOT_HERE = {"n", "logprobs", "top_logprobs", "show_engine"}
 OPTIONS = tuple(name for name in NAMES if name not in _NOT_HERE)
 
 

@@ -119,6 +119,7 @@ class Answer:
     choices: list[Choice]
     dropped: int = 0  # messages that context_overflow "drop_oldest" left out
     cached_tokens: int = 0  # of the prompt, that were in the KV cache already
+    engine: str | None = None  # what computed it, where that was asked for
     prompt_logprobs: list[TokenLogprob] | None = None  # where they were asked for
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))  # Unix time in seconds

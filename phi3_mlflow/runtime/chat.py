@@ -113,7 +113,7 @@ def parse_flat(body: Mapping[str, Any], defaults: Options, *, template: bool) ->
         InvalidRequest: names the field, the value and what is allowed.
     """
     values = {name: value for name, value in body.items() if value is not None}
-    for name in ("logprobs", "top_logprobs"):
+    for name in ("logprobs", "top_logprobs", "show_engine"):
         if values.pop(name, False):
             problem = "is given, and the answer is one string without a place for it; leave it out"
             raise InvalidRequest(name, problem)
@@ -253,6 +253,8 @@ def _tail(answer: Answer) -> dict[str, Any]:
         custom["cached_tokens"] = answer.cached_tokens
     if answer.dropped:
         custom["dropped_messages"] = answer.dropped
+    if answer.engine is not None:
+        custom["engine"] = answer.engine
     return {
         "usage": {
             "prompt_tokens": answer.prompt_tokens,

@@ -43,6 +43,7 @@ class Options:
     context_overflow: Literal["error", "drop_oldest"] = "error"
     repetition_guard: bool = True
     self_talk_guard: bool = True
+    show_engine: bool = False
 
     def with_values(self, values: Mapping[str, Any]) -> "Options":
         """These options with the given ones in their place.
@@ -161,7 +162,7 @@ def check(name: str, value: Any) -> Any:
             return value
         case "context_overflow":
             return OneOf(("error", "drop_oldest")).check(name, value)
-        case "logprobs" | "repetition_guard" | "self_talk_guard":
+        case "logprobs" | "repetition_guard" | "self_talk_guard" | "show_engine":
             return Flag().check(name, value)
     raise InvalidRequest(name, f"is not an option; the options are {', '.join(NAMES)}")
 

@@ -38,6 +38,8 @@ class Run:
         deliver: called with each Piece, the last of which has `last`, or with the exception that ended the request; in
             the scheduler's thread, so it must return at once. What it raises cancels the request.
         renew: whether a next turn may begin with the answer.
+        logprobs: whether they are wanted.
+        engine: what computes, where the answer is to say so.
 
     Attributes:
         answer: what has come so far.
@@ -58,10 +60,12 @@ class Run:
         deliver: Callable[[Event], object] | None = None,
         renew: bool = False,
         logprobs: bool = False,
+        engine: str | None = None,
     ):
         choices = [Choice(logprobs=[] if logprobs else None) for _ in generations]
         # The list that the first choice fills while it reads the prompt.
-        self.answer = Answer(prompt_tokens, choices, dropped, prompt_logprobs=generations[0].prompt_logprobs)
+        likely = generations[0].prompt_logprobs
+        self.answer = Answer(prompt_tokens, choices, dropped, prompt_logprobs=likely, engine=engine)
         self.jobs = [Job(each, self._deliver, deadline, renew=renew) for each in generations]
         self.came = time.monotonic()
         self.begun = self.first_token = self.ended = 0.0

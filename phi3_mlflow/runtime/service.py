@@ -264,6 +264,7 @@ class Service:
             deliver=deliver,
             renew=renew and request.field == "messages",  # nothing else has a next turn
             logprobs=options.logprobs,
+            engine=self.engine if options.show_engine else None,
         )
 
     def _check(self, options: Options, offer: Offer | None) -> Grammar | Calling | None:

@@ -32,10 +32,11 @@ _SCALARS = {
     "context_overflow": DataType.string,
     "repetition_guard": DataType.boolean,
     "self_talk_guard": DataType.boolean,
+    "show_engine": DataType.boolean,
 }
 _FLAT_ONLY = {"stop": DataType.string, "response_format": DataType.string, "logit_bias": DataType.string}
-# n answers do not fit into one string, nor do numbers beside its tokens.
-_NOT_FLAT = {"n", "logprobs", "top_logprobs"}
+# n answers do not fit into one string, nor does anything beside its text.
+_NOT_FLAT = {"n", "logprobs", "top_logprobs", "show_engine"}
 
 # MLflow allows no None for an Object: OpenAI's own default stands for "not given".
 RESPONSE_FORMAT_OMITTED = {"type": "text"}

@@ -21,6 +21,7 @@ _ELSEWHERE = {
     "response_format": "`text.format`",
     "n": "one response",
     "logprobs": "no log probabilities",
+    "show_engine": "no engine",
     "context_overflow": '`truncation`: "auto" or "disabled"',
 }
 _OPTIONS = tuple(name for name in NAMES if name not in _ELSEWHERE and name != "top_logprobs")

@@ -32,7 +32,7 @@ from .node import Spec
 from .worker import Patience, column_of, evaluate
 
 # Of one answer they make several, or something that the column has no place for.
-_NO_PLACE = {"n": 1, "logprobs": False, "top_logprobs": 0}
+_NO_PLACE = {"n": 1, "logprobs": False, "top_logprobs": 0, "show_engine": False}
 
 
 def udf(
