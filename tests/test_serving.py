@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from phi3_mlflow.builders import onnx
 from phi3_mlflow.serving import ServerError, served
 
 CAPITALS = {
@@ -84,23 +85,35 @@ def test_eight_requests_at_once_get_their_own_right_answers(servers, builder):
         assert capital in answer, (country, answer)
 
 
-def test_the_onnx_model_is_served_from_a_copy_in_an_environment_of_its_own_requirements(onnx_model, tmp_path):
-    copy = shutil.copytree(onnx_model, tmp_path / "elsewhere" / "model")
+def test_onnx_models_are_served_from_a_copy_in_an_environment_of_their_own_requirements(onnx_model, tmp_path):
     elsewhere = tmp_path / "working directory"
     elsewhere.mkdir()
     environment = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
     python = environment / "bin" / "python"
-    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*install, "-r", str(copy / "requirements.txt")], check=True, timeout=600)
 
-    installed = subprocess.run([str(python), "-m", "pip", "list"], check=True, capture_output=True, text=True).stdout
-    packages = {line.split()[0].lower() for line in installed.splitlines()[2:]}
-    assert "onnxruntime-genai" in packages
-    assert not {"torch", "transformers", "phi3-mlflow"} & packages
+    def serve(model):
+        """What is installed once the model's requirements are, and the answer that it gives there."""
+        copy = shutil.copytree(model, tmp_path / "elsewhere" / model.name)
+        install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*install, "-r", str(copy / "requirements.txt")], check=True, timeout=600)
+        listed = subprocess.run([str(python), "-m", "pip", "list"], check=True, capture_output=True, text=True).stdout
+        packages = {line.split()[0].lower() for line in listed.splitlines()[2:]}
+        assert not {"torch", "transformers", "phi3-mlflow"} & packages
+        body = {"messages": [{"role": "user", "content": "What is the capital of Spain?"}], "show_engine": True}
+        with served(str(copy), python=python, cwd=elsewhere) as address:
+            (answer,) = post(address, body)
+        assert answer["choices"][0]["message"]["content"] == "The capital of Spain is Madrid."
+        return packages, answer["custom_outputs"]["engine"]
 
-    with served(str(copy), python=python, cwd=elsewhere) as address:
-        assert ask(address, "Spain") == "The capital of Spain is Madrid."
+    packages, engine = serve(onnx_model)
+    assert engine == "onnxruntime-genai" in packages
+    openvino = tmp_path / "openvino"
+    onnx.save_model(openvino, model_config={"engine": "openvino"})
+    more, engine = serve(openvino)
+    assert engine == "openvino" in more
+    # So it is what a fresh environment would have.
+    assert more - packages <= {"openvino", "openvino-telemetry"}
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path):
