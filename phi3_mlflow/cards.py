@@ -14,6 +14,7 @@ import yaml
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from phi3_mlflow.runtime import snapshots
 from phi3_mlflow.runtime.decoders import onnx_file
 from phi3_mlflow.runtime.errors import WeightsError
 from phi3_mlflow.targets import parse
@@ -28,6 +29,7 @@ NAMES = (
     "quantization",
     "context_tokens",
     *(f"weights_{name}" for name in _ORIGIN),
+    "weights_held",
     "toolkit",
     *(f"version {name}" for name in _RUNTIMES),
 )
@@ -45,29 +47,28 @@ def facts(folder: Path) -> dict[str, str]:
         folder: the model's, with its MLmodel file and its manifest.
 
     Returns:
-        Texts by NAMES; `weights_revision` only where the weights have a commit, and `version PACKAGE` for what the
-        model requires.
+        Texts by NAMES; `weights_revision` only where the weights have a commit, `weights_held` where the model refers
+        to them, and `version PACKAGE` for what the model requires.
 
     Raises:
         OSError, KeyError, ValueError: it is no whole model of the builders'.
     """
     logged = yaml.safe_load((folder / "MLmodel").read_text("utf-8"))
     metadata, flavors = logged["metadata"], logged["flavors"]
-    if "transformers" in flavors:
-        builder, quantization, own = "transformers", *_pipeline(folder / "model" / "config.json")
-    else:
-        weights = folder / flavors["python_function"]["artifacts"]["weights"]["path"]
-        builder, quantization, own = "onnx", *_onnx(weights)
+    place = snapshots.place(folder, flavors, metadata)
+    weights = place.configuration(place.find())
+    quantization, own = _onnx(weights) if place.form == "onnx" else _pipeline(weights / "config.json")
     context = min(flavors["python_function"]["config"].get("context_length") or own, own)
     lines = (folder / "requirements.txt").read_text("utf-8").splitlines()
     pinned = {found.name: str(found.specifier).removeprefix("==") for line in lines if (found := parse(line))}
     origin = {f"weights_{name}": str(metadata["weights"][name]) for name in _ORIGIN if metadata["weights"][name]}
     return {
-        "builder": builder,
+        "builder": place.form,
         "task": metadata["task"],
         "quantization": quantization,
         "context_tokens": str(context),
         **origin,
+        **({"weights_held": "by reference"} if place.reference else {}),
         "toolkit": metadata["toolkit"],
         **{f"version {name}": pinned[name] for name in _RUNTIMES if name in pinned},
     }
@@ -86,13 +87,14 @@ def card(found: Mapping[str, str], size: int) -> str:
         size: bytes of the model.
     """
     revision = f" at commit `{found['weights_revision']}`" if "weights_revision" in found else ""
+    held = ", weights in the hub's cache (`phi3-mlflow pull`)" if "weights_held" in found else ""
     versions = [f"{name} {found[f'version {name}']}" for name in _RUNTIMES if f"version {name}" in found]
     return "\n".join(
         [
             f"**{found['weights_source']}**{revision}, {found['quantization']}, by {found['toolkit']}",
             "",
             f"- answers `{found['task']}` requests, {found['builder']} builder",
-            f"- context of {int(found['context_tokens']):,} tokens, {size / 2**20:,.1f} MiB",
+            f"- context of {int(found['context_tokens']):,} tokens, {size / 2**20:,.1f} MiB{held}",
             f"- licence of the weights: {found['weights_license']}",
             f"- manifest's sha256: `{found['weights_sha256']}`; `phi3-mlflow verify` checks the files against it",
             f"- logged with {', '.join(versions)}",

@@ -197,6 +197,7 @@ def _log_options(command: Callable[..., None]) -> Callable[..., None]:
                 show_default=True,
                 help="azure: the flat task and what Azure ML's no-code image needs.",
             ),
+            click.option("--reference", is_flag=True, help="Hold no weights: name the hub's commit and their hashes."),
             click.option("--raw", is_flag=True, help="Other tasks: take prompts as they are, without chat template."),
             click.option(
                 "--chat-template",
@@ -243,6 +244,7 @@ def _log(*asked: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
             revision=options["revision"] or None,
             task=options["task"],
             target=options["target"],
+            reference=options["reference"],
             template=not options["raw"],
             chat_template=options["chat_template"] and _text(options["chat_template"]),
             model_config=parse_config(options["config"]),

@@ -21,6 +21,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers, filter_repo_ob
 
 from phi3_mlflow.runtime.errors import WeightsError, shorten
 from phi3_mlflow.runtime.hashes import hash_file
+from phi3_mlflow.runtime.snapshots import is_commit
 
 # The client reads this at every request, so it also holds where it was imported before.
 constants.HF_HUB_DISABLE_TELEMETRY = True
@@ -51,11 +52,6 @@ class Listing:
     def names(self) -> set[str]:
         """The files' paths in the repository."""
         return {file.rfilename for file in self.files}
-
-
-def is_commit(revision: str) -> bool:
-    """Whether a revision is a full commit, which can never mean another one tomorrow."""
-    return re.fullmatch("[0-9a-f]{40}", revision) is not None
 
 
 def cached(repo: str, revision: str, patterns: tuple[list[str], list[str]]) -> Path | None:

@@ -13,7 +13,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from phi3_mlflow.azure.model import NOT_MODEL, LoggedModel, opened
-from phi3_mlflow.runtime import manifest, trust
+from phi3_mlflow.runtime import manifest, snapshots
 from phi3_mlflow.runtime.errors import Phi3Error, WeightsError
 
 _MAX_REASON = 300  # characters; it lists every file
@@ -61,19 +61,13 @@ def run(
     if public_key is not None and certificates:
         raise Phi3Error("a signature is checked with a public key or with certificates, not with both: leave one out")
     with opened(uri) as model:
-        transformers = "transformers" in model.flavors
-        folder = model.folder if transformers else model.folder / "artifacts" / "weights"
-        parts = trust.TRANSFORMERS_PARTS if transformers else ("",)
-        if not (folder / manifest.NAME).is_file() and not model.weights:
+        place = model.place
+        if not (place.listed / manifest.NAME).is_file() and not model.weights:
             raise Phi3Error(f"{uri} was not logged by phi3_mlflow: it has no {manifest.NAME} of its weights")
         return [
-            *_files(model.folder, folder, parts, progress=progress),
-            _checked("MLmodel", lambda: manifest.check_stated(folder), "states the digest of these weights"),
-            _checked(
-                "contents",
-                lambda: trust.check_transformers(folder) if transformers else trust.check(folder),
-                "the weights hold nothing that could run code",
-            ),
+            *_files(model.folder, place, progress=progress),
+            _checked("MLmodel", lambda: manifest.check_stated(place.listed), "states the digest of these weights"),
+            _checked("contents", lambda: place.check(place.find()), "the weights hold nothing that could run code"),
             _signature(model, signature or model.folder / manifest.SIGNATURE, public_key, certificates),
         ]
 
@@ -84,16 +78,22 @@ def table(checks: Sequence[Check]) -> str:
     return "\n".join(f"{check.status:11}  {check.name:{width}}  {check.detail}" for check in checks)
 
 
-def _files(model: Path, folder: Path, parts: Sequence[str], *, progress: bool) -> Iterator[Check]:
-    prefix = "" if folder == model else f"{folder.relative_to(model).as_posix()}/"
-    total = sum(path.stat().st_size for part in parts for path in (folder / part).rglob("*") if path.is_file())
+def _files(model: Path, place: snapshots.Place, *, progress: bool) -> Iterator[Check]:
+    """The files that the manifest lists; of a reference those in the hub's cache, under the hub's name for them."""
+    prefix = "" if place.listed == model else f"{place.listed.relative_to(model).as_posix()}/"
+    held = f"{place.reference.source}/" if place.reference else prefix
     try:
-        with tqdm(total=total, unit="B", unit_scale=True, delay=2, leave=False, disable=not progress) as bar:
-            for name, problem in manifest.compare(folder, parts, bar.update):
+        sizes = manifest.sizes(place.listed)
+        files = place.find()
+        with tqdm(
+            total=sum(sizes.values()), unit="B", unit_scale=True, delay=2, leave=False, disable=not progress
+        ) as bar:
+            found = manifest.compare(place.listed, place.parts, bar.update, files=files if place.reference else None)
+            for name, problem in found:
                 if problem is None:
-                    yield Check(prefix + name, "ok", f"{(folder / name).stat().st_size:,} bytes")
+                    yield Check(held + name, "ok", f"{sizes[name]:,} bytes")
                 else:
-                    yield Check(prefix + name, "failed", problem)
+                    yield Check(held + name, "failed", problem)
     except WeightsError as error:
         yield Check(prefix + manifest.NAME, "failed", str(error))
 

@@ -16,6 +16,7 @@ from typing import Literal
 
 from phi3_mlflow.runtime import trust
 from phi3_mlflow.runtime.errors import WeightsError, shorten
+from phi3_mlflow.runtime.snapshots import is_commit, is_hub_id
 
 Form = Literal["transformers", "onnx"]
 
@@ -77,6 +78,7 @@ class Source:
         size: bytes of the files that a model takes.
         missing: bytes of them that are still to be downloaded.
         fetch: downloads what is missing and gives the checked folder; raises WeightsError.
+        on_hub: whether they are a hub repository's, in the cache or not.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Source:
     size: int
     missing: int
     fetch: Callable[[], Weights]
+    on_hub: bool = False
 
 
 def resolve(weights: str | Path, form: Form, *, revision: str | None = None) -> Weights:
@@ -122,7 +125,7 @@ def find(weights: str | Path, form: Form, *, revision: str | None = None) -> Sou
         raise WeightsError(f"revision is {shorten(revision)}; it must be a branch, tag or commit as text")
     text = os.fspath(weights)
     if text != EMBEDDED and not Path(text).expanduser().exists():
-        if isinstance(weights, str) and _is_hub_id(text):
+        if isinstance(weights, str) and is_hub_id(text):
             return _from_hub(text, form, revision)
         raise WeightsError(
             f"{shorten(text)} is neither a folder that exists (looked for {Path(text).expanduser().absolute()}) nor a "
@@ -214,16 +217,11 @@ def _read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-def _is_hub_id(text: str) -> bool:
-    part = r"[A-Za-z0-9](?:[\w.-]{0,94}[A-Za-z0-9_])?"
-    return re.fullmatch(f"{part}(?:/{part})+", text, re.ASCII) is not None and ".." not in text and "--" not in text
-
-
 def _here(weights: Weights, form: Form) -> Source:
     patterns = (*_PATTERNS[form], *_CARD_PATTERNS)
     files = [file for file in weights.folder.iterdir() if any(fnmatch(file.name, pattern) for pattern in patterns)]
     size = sum(file.stat().st_size for file in files if file.is_file())
-    return Source(weights.source, weights.folder, size, 0, lambda: weights)
+    return Source(weights.source, weights.folder, size, 0, lambda: weights, weights.revision is not None)
 
 
 def _from_hub(text: str, form: Form, revision: str | None) -> Source:
@@ -232,13 +230,13 @@ def _from_hub(text: str, form: Form, revision: str | None) -> Source:
     repo, spelled = "/".join(text.split("/")[:2]), "/".join(text.split("/")[2:])
     revision = revision or REVISIONS.get(repo, "main")
     folders = (spelled,) if spelled or form == "transformers" else (ONNX_FOLDER, "")
-    if hub.is_commit(revision) and (weights := _cached(repo, folders, form, revision)):
+    if is_commit(revision) and (weights := _cached(repo, folders, form, revision)):
         return _here(weights, form)
     try:
         listing = hub.listing(repo, revision)
     except hub.HubUnreachableError:
         # The head of a branch cannot be asked for: the last one that was seen is the next best.
-        if hub.is_commit(revision) or (weights := _cached(repo, folders, form, revision)) is None:
+        if is_commit(revision) or (weights := _cached(repo, folders, form, revision)) is None:
             raise
         _log.warning("The hub cannot be reached: using commit %s of %s from its cache", weights.revision, repo)
         return _here(weights, form)
@@ -251,7 +249,7 @@ def _from_hub(text: str, form: Form, revision: str | None) -> Source:
         return _hub_weights(repo, folder, root)
 
     size, missing = hub.sizes(listing, _patterns(folder, form))
-    return Source(_hub_name(repo, folder), hub.cache(), size, missing, fetch)
+    return Source(_hub_name(repo, folder), hub.cache(), size, missing, fetch, on_hub=True)
 
 
 def _cached(repo: str, folders: tuple[str, ...], form: Form, revision: str) -> Weights | None:

@@ -72,6 +72,7 @@ def check(model: LoggedModel, uplink: float = DEFAULT_UPLINK) -> list[Finding]:
         _environment,
         _monitoring,
         _pandas,
+        _weights,
         _links,
         _names,
         _ignore_files,
@@ -197,6 +198,15 @@ def _pandas(model: LoggedModel) -> Finding:
         fix = "`azure register` holds it below 3 in the staged copy, `log ... --target azure` in the model itself"
         return Finding("pandas below 3", "failed", ("ncd",), found, fix, mended=True)
     return Finding("pandas below 3", "ok", ("ncd",), str(requirement))
+
+
+def _weights(model: LoggedModel) -> Finding:
+    reference = model.place.reference
+    if reference is not None:
+        found = f"the model refers to {reference.source} on the hub, and holds no weights"
+        fix = f"`azure register` puts them in from the hub's cache (`{reference.command}`)"
+        return Finding("weights", "failed", MODES, found, fix, mended=True)
+    return Finding("weights", "ok", MODES, "in the model")
 
 
 def _links(model: LoggedModel) -> Finding:

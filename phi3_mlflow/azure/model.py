@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from phi3_mlflow.azure.errors import AzureError
-from phi3_mlflow.runtime import mlmodel
+from phi3_mlflow.runtime import manifest, mlmodel, snapshots
 from phi3_mlflow.runtime.errors import FormatError, shorten
 
 # Written by MLflow beside a registered model when it is loaded; no part of the model.
@@ -85,9 +85,21 @@ class LoggedModel:
         return sorted(path for path in found if path.is_file())
 
     @property
+    def place(self) -> snapshots.Place:
+        """Where the weights are.
+
+        Raises:
+            WeightsError: the model refers to something that is no commit on the hub.
+        """
+        return snapshots.place(self.folder, self.flavors, self.metadata)
+
+    @property
     def size(self) -> int:
-        """Bytes of all files."""
-        return sum(path.stat().st_size for path in self.files())
+        """Bytes of all files, those that the model only refers to included."""
+        place = self.place
+        listed = place.reference is not None and (place.listed / manifest.NAME).is_file()
+        referred = sum(manifest.sizes(place.listed).values()) if listed else 0
+        return referred + sum(path.stat().st_size for path in self.files())
 
     @property
     def memory(self) -> int:
@@ -95,8 +107,12 @@ class LoggedModel:
 
         The files with a share for packed weights, the key-value cache in fp32 for the whole context (2 x layers x
         key-value heads x head size x 4 bytes a token), and 1 GiB for Python, MLflow and the system.
+
+        Raises:
+            WeightsError: the model refers to weights that are not in the hub's cache.
         """
-        return int(self.size * _WEIGHTS_FACTOR) + max((_cache(path) for path in self.files()), default=0) + _BASE_BYTES
+        configs = list(self.place.find().iterdir()) if self.place.reference else self.files()
+        return int(self.size * _WEIGHTS_FACTOR) + max(map(_cache, configs), default=0) + _BASE_BYTES
 
 
 def read(folder: Path, uri: str = "", version: str | None = None) -> LoggedModel:

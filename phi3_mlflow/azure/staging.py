@@ -15,6 +15,7 @@ from phi3_mlflow.azure import environment
 from phi3_mlflow.azure.check import check, passing_staged
 from phi3_mlflow.azure.errors import AzureError
 from phi3_mlflow.azure.model import LoggedModel, read
+from phi3_mlflow.embedding import embed
 
 # A name without a dot: azure-ai-ml and the service take a last part with a dot for a file.
 FOLDER = "model"
@@ -47,7 +48,8 @@ def stage(model: LoggedModel, parent: Path) -> LoggedModel:
     """Builds `parent/model`: the model's files without copying its weights, and environment files that Azure can use.
 
     Large files become hard links, or symbolic links where the file system refuses those; small ones are copied. Ignore
-    files at the top are left out. The environment files are adapted where the signature suits the no-code image.
+    files at the top are left out. Weights that the model only refers to are put in. The environment files are adapted
+    where the signature suits the no-code image.
 
     Args:
         model: the logged model.
@@ -58,6 +60,7 @@ def stage(model: LoggedModel, parent: Path) -> LoggedModel:
 
     Raises:
         AzureError: `parent/model` exists, or a file cannot be linked or copied.
+        WeightsError: the model refers to weights that are not in the hub's cache, or not what was logged.
     """
     target = parent / FOLDER
     try:
@@ -66,6 +69,7 @@ def stage(model: LoggedModel, parent: Path) -> LoggedModel:
             name = source.relative_to(model.folder)
             if str(name) not in _LEFT_OUT:
                 _place(source, target / name)
+        embed(model.place, target, _place)
         if "ncd" in passing_staged(check(model)):
             environment.adapt(target)
     except FileExistsError:

@@ -24,7 +24,7 @@ from mlflow.pyfunc import PyFuncModel
 
 from phi3_mlflow.logged import given_or_embedded
 from phi3_mlflow.machine import resident
-from phi3_mlflow.runtime import mlmodel
+from phi3_mlflow.runtime import mlmodel, snapshots
 from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error
 from phi3_mlflow.runtime.tokens import Tokens
 
@@ -90,12 +90,14 @@ def subject(model_uri: str | None, parallel: int | None = None) -> Iterator[tupl
         before = resident()
         model = mlflow.pyfunc.load_model(str(folder), suppress_warnings=True, model_config=config)
         memory = {"before_loading_bytes": before, "after_loading_bytes": resident()}
-        if "transformers" in logged.flavors:
-            builder, tokenizer = "transformers", folder / "components" / "tokenizer"
-            own = json.loads((folder / "model" / "config.json").read_text("utf-8"))["max_position_embeddings"]
+        place = snapshots.place(folder, logged.flavors, logged.metadata or {})
+        weights = place.find()
+        builder, tokenizer = place.form, place.tokenizer(weights)
+        if builder == "transformers":
+            config_file = place.configuration(weights) / "config.json"
+            own = json.loads(config_file.read_text("utf-8"))["max_position_embeddings"]
         else:
-            builder, tokenizer = "onnx", folder / flavor["artifacts"]["weights"]["path"]
-            own = json.loads((tokenizer / "genai_config.json").read_text("utf-8"))["model"]["context_length"]
+            own = json.loads((weights / "genai_config.json").read_text("utf-8"))["model"]["context_length"]
         context = min(config.get("context_length") or own, own)
         tokens = Tokens.from_folder(tokenizer, template=config["template"])
         yield Subject(model, config, builder, tokens, context), memory

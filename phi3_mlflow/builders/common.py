@@ -25,7 +25,7 @@ from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error, WeightsError, 
 from phi3_mlflow.runtime.options import NAMES
 from phi3_mlflow.runtime.tokens import Tokens
 from phi3_mlflow.targets import AZURE_TASK, adapted, parse, same
-from phi3_mlflow.weights import Weights
+from phi3_mlflow.weights import Source, Weights
 
 # What the runtime imports, whichever decoder it drives.
 _BASE_REQUIREMENTS = ("mlflow", "jinja2", "llguidance", "numpy", "pandas", "tokenizers", "tqdm")
@@ -185,7 +185,25 @@ def own_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     return given
 
 
-def metadata(task: Task, weights: Weights, digest: str, own: Mapping[str, Any]) -> dict[str, Any]:
+def check_reference(reference: bool, source: Source, chat_template: str | None) -> None:
+    """Looks whether a model can refer to its weights in place of holding them.
+
+    Raises:
+        BuildError: they are not on the hub, or the template would have to stand in their place.
+    """
+    if not isinstance(reference, bool):
+        raise BuildError(f"reference is {shorten(reference)}; it must be True or False")
+    if reference and not source.on_hub:
+        raise BuildError(
+            f"reference is True, and no other machine finds {source.name}: give a Hugging Face id, or leave it out"
+        )
+    if reference and chat_template is not None:
+        raise BuildError("reference is True, and a chat_template of your own is a part of the weights: leave one out")
+
+
+def metadata(
+    task: Task, weights: Weights, digest: str, own: Mapping[str, Any], *, reference: bool = False
+) -> dict[str, Any]:
     """What the MLmodel file says about the model: the task, the format, where the weights come from, and the user's."""
     return {
         "task": task,
@@ -196,6 +214,7 @@ def metadata(task: Task, weights: Weights, digest: str, own: Mapping[str, Any]) 
             "revision": weights.revision,
             "license": weights.license,
             "sha256": digest,
+            **({"reference": True} if reference else {}),
         },
         **own,
     }

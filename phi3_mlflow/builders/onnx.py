@@ -11,18 +11,18 @@ from mlflow.models import Model
 from mlflow.models.model import ModelInfo
 
 from phi3_mlflow import runtime
-from phi3_mlflow.runtime import manifest
+from phi3_mlflow.runtime import manifest, trust
 from phi3_mlflow.runtime.chat import Task
 from phi3_mlflow.runtime.decoders.base import context_within
 from phi3_mlflow.runtime.settings import SETTINGS, check_batching
 from phi3_mlflow.runtime.signatures import input_example, signature
+from phi3_mlflow.runtime.snapshots import WEIGHTS
 from phi3_mlflow.runtime.trust import genai_config
 from phi3_mlflow.weights import Weights, find, onnx_files
 
 from . import common
 from .plan import Entry, Plan, Write, log, refuse, save
 
-_WEIGHTS = "artifacts/weights"
 _CODE = Path(runtime.__file__).parent / "onnx_model.py"
 
 
@@ -36,6 +36,7 @@ def save_model(
     chat_template: str | None = None,
     model_config: Mapping[str, Any] | None = None,
     target: common.Target = "mlflow",
+    reference: bool = False,
     metadata: Mapping[str, Any] | None = None,
     extra_pip_requirements: Sequence[str] | None = None,
     **others: Never,
@@ -53,6 +54,8 @@ def save_model(
             requests are answered at once) and `kv_budget` (bytes, or text such as "4GiB", for their KV caches).
         target: `azure` makes a model that Azure ML's no-code image can load: the flat task, and what that image
             needs in the requirements.
+        reference: the model names the hub's commit and the sha256 of each file, and holds no weights: whoever loads it
+            needs them in the hub's cache (`phi3-mlflow pull`). For a Hugging Face id only.
         metadata: further keys for the MLmodel file's metadata; what the builder writes there cannot be given.
         extra_pip_requirements: further requirement lines, such as `["six==1.17"]`.
         others: nothing; an argument of MLflow's own function is refused with what to use in its place.
@@ -71,6 +74,7 @@ def save_model(
         chat_template=chat_template,
         model_config=model_config,
         target=target,
+        reference=reference,
         metadata=metadata,
         extra_pip_requirements=extra_pip_requirements,
     )
@@ -89,6 +93,7 @@ def log_model(
     chat_template: str | None = None,
     model_config: Mapping[str, Any] | None = None,
     target: common.Target = "mlflow",
+    reference: bool = False,
     metadata: Mapping[str, Any] | None = None,
     extra_pip_requirements: Sequence[str] | None = None,
     params: Mapping[str, Any] | None = None,
@@ -115,6 +120,7 @@ def log_model(
         chat_template: see save_model.
         model_config: see save_model; noted as params of the run too, where there is one.
         target: see save_model.
+        reference: see save_model.
         metadata: see save_model.
         extra_pip_requirements: see save_model.
         params: of the logged model.
@@ -142,6 +148,7 @@ def log_model(
         chat_template=chat_template,
         model_config=model_config,
         target=target,
+        reference=reference,
         metadata=metadata,
         extra_pip_requirements=extra_pip_requirements,
     )
@@ -169,6 +176,7 @@ def plan(
     chat_template: str | None = None,
     model_config: Mapping[str, Any] | None = None,
     target: common.Target = "mlflow",
+    reference: bool = False,
     metadata: Mapping[str, Any] | None = None,
     extra_pip_requirements: Sequence[str] | None = None,
 ) -> Plan:
@@ -180,12 +188,15 @@ def plan(
     # What is no mapping is refused below.
     chosen = model_config.get("engine") if isinstance(model_config, Mapping) else None
     openvino = ("openvino",) if chosen == "openvino" else ()
-    packages = common.requirements("onnxruntime", "onnxruntime-genai", *openvino)
+    # What finds the weights of a reference.
+    hub = ("huggingface-hub",) if reference else ()
+    packages = common.requirements("onnxruntime", "onnxruntime-genai", *openvino, *hub)
     task, needed = common.for_target(target, task, packages, extra_pip_requirements)
     own = common.own_metadata(metadata)
     common.check_config(task, template, chat_template, model_config)
     check_batching(model_config or {})
     source = find(weights, "onnx", revision=revision)
+    common.check_reference(reference, source, chat_template)
     config = common.full_config(task, source.name, model_config, template)
 
     def prepare(found: Weights) -> Write:
@@ -199,25 +210,23 @@ def plan(
         common.check_tokenizer(found.folder, template, chat_template)
 
         def write(path: Path, model: Model, links: bool) -> None:
-            _write(path, model, found, config, needed, chat_template, links=links)
-            model.metadata = common.metadata(task, found, manifest.digest(path / _WEIGHTS), own)
+            _write(path, model, found, config, needed)
+            place = path / WEIGHTS
+            if reference:
+                place.mkdir(parents=True)
+                manifest.write(place, elsewhere=trust.read_onnx(found.folder))
+            else:
+                _copy(found, place, chat_template, links=links)
+                manifest.write(place)
+            model.metadata = common.metadata(task, found, manifest.digest(place), own, reference=reference)
             common.finish(model, path)
 
         return write
 
-    return Plan(source, prepare, links=True, model_config=model_config)
+    return Plan(source, prepare, links=True, reference=reference, model_config=model_config)
 
 
-def _write(
-    path: Path,
-    model: Model,
-    found: Weights,
-    config: Mapping[str, Any],
-    needed: list[str],
-    chat_template: str | None,
-    *,
-    links: bool,
-) -> None:
+def _write(path: Path, model: Model, found: Weights, config: Mapping[str, Any], needed: list[str]) -> None:
     with common.staged_code() as code, common.quiet_mlflow():
         mlflow.pyfunc.save_model(
             path=str(path),
@@ -230,15 +239,16 @@ def _write(
             mlflow_model=model,
         )
     # Not through MLflow's `artifacts`: it refuses the links that the hub's cache is made of, and copies once more.
-    destination = path / _WEIGHTS
+    model.flavors["python_function"] |= {
+        "artifacts": {"weights": {"path": WEIGHTS, "uri": found.source}},
+        "model_code_path": _CODE.name,
+    }
+
+
+def _copy(found: Weights, destination: Path, chat_template: str | None, *, links: bool) -> None:
     files = onnx_files(found.folder)
     if chat_template is not None:
         files = [file for file in files if file.name != "chat_template.jinja"]
     common.copy_weights(files, destination, link=links)
     if chat_template is not None:
         (destination / "chat_template.jinja").write_text(chat_template, "utf-8")
-    manifest.write(destination)
-    model.flavors["python_function"] |= {
-        "artifacts": {"weights": {"path": _WEIGHTS, "uri": found.source}},
-        "model_code_path": _CODE.name,
-    }

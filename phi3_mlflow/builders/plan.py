@@ -4,7 +4,7 @@ Knows the order of the steps; what a builder writes is in its own module, where 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,13 +35,20 @@ class Plan:
         source: the weights.
         prepare: checks the downloaded weights and returns what writes the model. May raise what it likes.
         links: whether weight files are taken as they are, and so can be hard links in a temporary folder.
+        reference: whether the model holds none of them.
         model_config: the user's own, which MLflow notes as params of the run.
     """
 
     source: Source
     prepare: Callable[[Weights], Write]
     links: bool
+    reference: bool = False
     model_config: Mapping[str, Any] | None = None
+
+    @property
+    def held(self) -> Source:
+        """The weights with the size that they have in the model."""
+        return replace(self.source, size=0) if self.reference else self.source
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ def save(plan: Plan, path: str | Path) -> None:
     """
     path = Path(path)
     destination.check_folder(path)
-    destination.check_space([plan.source], [path], temporary=0)
+    destination.check_space([plan.held], [path], temporary=0)
     write = plan.prepare(plan.source.fetch())
     with destination.removed_on_failure(lambda: path):
         write(path, Model(), False)
@@ -91,8 +98,8 @@ def check(*models: tuple[Plan, Entry]) -> None:
     for _, entry in models:
         destination.check_prompts(entry.prompts or ())
         folders.append(destination.artifact_folder(destination.find_run(entry.run_id)))
-    temporary = max(destination.temporary_size(plan.source, links=plan.links) for plan, _ in models)
-    destination.check_space([plan.source for plan, _ in models], folders, temporary=temporary)
+    temporary = max(destination.temporary_size(plan.held, links=plan.links) for plan, _ in models)
+    destination.check_space([plan.held for plan, _ in models], folders, temporary=temporary)
 
 
 # Arguments of log_model with their types; each but the name and the step may be None.

@@ -4,6 +4,7 @@ The native flavor stays as MLflow writes it; its python_function side is pointed
 """
 
 import copy
+import json
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +19,10 @@ from mlflow.models.model import ModelInfo
 from phi3_mlflow.bars import no_bars
 from phi3_mlflow.runtime import manifest, trust
 from phi3_mlflow.runtime.chat import Task
+from phi3_mlflow.runtime.loading import pipeline_in
 from phi3_mlflow.runtime.settings import refuse_batching
 from phi3_mlflow.runtime.signatures import input_example, signature
+from phi3_mlflow.runtime.snapshots import WEIGHTS
 from phi3_mlflow.weights import Source, Weights, find
 
 from . import common
@@ -39,6 +42,7 @@ def save_model(
     chat_template: str | None = None,
     model_config: Mapping[str, Any] | None = None,
     target: common.Target = "mlflow",
+    reference: bool = False,
     metadata: Mapping[str, Any] | None = None,
     extra_pip_requirements: Sequence[str] | None = None,
     **others: Never,
@@ -55,6 +59,8 @@ def save_model(
         model_config: defaults of the options, `context_length`, `threads` and `queue_limit`.
         target: `azure` makes a model that Azure ML's no-code image can load: the flat task, and what that image
             needs in the requirements.
+        reference: the model names the hub's commit and the sha256 of each file, and holds no weights: whoever loads it
+            needs them in the hub's cache (`phi3-mlflow pull`). For a Hugging Face id only.
         metadata: further keys for the MLmodel file's metadata; what the builder writes there cannot be given.
         extra_pip_requirements: further requirement lines, such as `["six==1.17"]`.
         others: nothing; an argument of MLflow's own function is refused with what to use in its place.
@@ -73,6 +79,7 @@ def save_model(
         chat_template=chat_template,
         model_config=model_config,
         target=target,
+        reference=reference,
         metadata=metadata,
         extra_pip_requirements=extra_pip_requirements,
     )
@@ -91,6 +98,7 @@ def log_model(
     chat_template: str | None = None,
     model_config: Mapping[str, Any] | None = None,
     target: common.Target = "mlflow",
+    reference: bool = False,
     metadata: Mapping[str, Any] | None = None,
     extra_pip_requirements: Sequence[str] | None = None,
     params: Mapping[str, Any] | None = None,
@@ -117,6 +125,7 @@ def log_model(
         chat_template: see save_model.
         model_config: see save_model; noted as params of the run too, where there is one.
         target: see save_model.
+        reference: see save_model.
         metadata: see save_model.
         extra_pip_requirements: see save_model.
         params: of the logged model.
@@ -144,6 +153,7 @@ def log_model(
         chat_template=chat_template,
         model_config=model_config,
         target=target,
+        reference=reference,
         metadata=metadata,
         extra_pip_requirements=extra_pip_requirements,
     )
@@ -171,6 +181,7 @@ def plan(
     chat_template: str | None = None,
     model_config: Mapping[str, Any] | None = None,
     target: common.Target = "mlflow",
+    reference: bool = False,
     metadata: Mapping[str, Any] | None = None,
     extra_pip_requirements: Sequence[str] | None = None,
 ) -> Plan:
@@ -187,11 +198,28 @@ def plan(
         source = find(weights, "transformers", revision=revision)
     else:
         source = _in_memory(weights, revision)
+    common.check_reference(reference, source, chat_template)
+    if reference and source.name.count("/") > 1:
+        raise common.BuildError(
+            f"reference is True, and MLflow's flavor takes no folder of a repository: {source.name}"
+        )
     config = common.full_config(task, source.name, model_config, template)
+
+    def prepare_reference(found: Weights) -> Write:
+        common.check_tokenizer(found.folder, template, None)
+        native = _native(found, task)
+
+        def write(path: Path, model: Model, links: bool) -> None:
+            _refer(path, model, found, config, needed)
+            model.add_flavor("transformers", code=model.flavors["python_function"]["code"], **native)
+            model.metadata = common.metadata(task, found, manifest.digest(path / WEIGHTS), own, reference=True)
+            common.finish(model, path)
+
+        return write
 
     def prepare(found: Weights) -> Write:
         with no_bars():
-            pipeline = _load(found.folder) if isinstance(weights, (str, Path)) else weights
+            pipeline = pipeline_in(found.folder) if isinstance(weights, (str, Path)) else weights
             if chat_template is not None:
                 pipeline = _with_template(pipeline, chat_template)
             with tempfile.TemporaryDirectory() as temporary:
@@ -205,7 +233,8 @@ def plan(
 
         return write
 
-    return Plan(source, prepare, links=False, model_config=model_config)
+    prepare = prepare_reference if reference else prepare
+    return Plan(source, prepare, links=False, reference=reference, model_config=model_config)
 
 
 def _in_memory(pipeline: "transformers.Pipeline", revision: str | None) -> Source:
@@ -223,16 +252,6 @@ def _in_memory(pipeline: "transformers.Pipeline", revision: str | None) -> Sourc
         name = Path(name).name
     size = sum(parameter.nbytes for parameter in pipeline.model.parameters())
     return Source(name, Path(), size, 0, lambda: Weights(Path(), name, None, "unknown"))
-
-
-def _load(folder: Path) -> "transformers.Pipeline":
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        str(folder), local_files_only=True, trust_remote_code=False, dtype="auto"
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    return transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
 
 
 def _with_template(pipeline: "transformers.Pipeline", chat_template: str) -> "transformers.Pipeline":
@@ -278,6 +297,56 @@ def _write(
     }
     native = model.flavors["transformers"]
     native |= {key: found.source for key in ("source_model_name", "tokenizer_name") if key in native}
+
+
+def _refer(path: Path, model: Model, found: Weights, config: Mapping[str, Any], needed: list[str]) -> None:
+    """Writes all of a model but its weights, and their manifest."""
+    import mlflow.pyfunc
+
+    task = config["task"]
+    with common.staged_code() as code, common.quiet_mlflow():
+        mlflow.pyfunc.save_model(
+            path=str(path),
+            loader_module="phi3_mlflow.runtime.model",
+            code_paths=[code],
+            model_config=dict(config),
+            signature=signature(task),
+            input_example=input_example(task),
+            pip_requirements=needed,
+            mlflow_model=model,
+            streamable=True,
+        )
+    _write_licence(path, found)
+    (path / WEIGHTS).mkdir(parents=True)
+    manifest.write(path / WEIGHTS, elsewhere=trust.read_transformers(found.folder))
+
+
+def _native(found: Weights, task: Task) -> dict[str, Any]:
+    """MLflow's transformers flavor as with `save_pretrained=False`, for which it loads the model and asks the hub.
+
+    `mlflow.transformers.load_model` gives the pipeline back by the hub's client, from its cache or else the network.
+    """
+    import transformers
+
+    config = json.loads((found.folder / "config.json").read_text("utf-8"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        str(found.folder), local_files_only=True, trust_remote_code=False
+    )
+    kind = config.get("dtype") or config.get("torch_dtype")
+    return {
+        "transformers_version": transformers.__version__,
+        "task": "text-generation",
+        "instance_type": "TextGenerationPipeline",
+        "pipeline_model_type": trust.MODELS[config["model_type"]],
+        "source_model_name": found.source,
+        "source_model_revision": found.revision,
+        "components": ["tokenizer"],
+        "tokenizer_type": type(tokenizer).__name__,
+        "tokenizer_name": found.source,
+        "tokenizer_revision": found.revision,
+        **({"torch_dtype": f"torch.{kind}"} if kind else {}),
+        **({} if task == "flat" else {"inference_task": task}),
+    }
 
 
 @contextmanager

@@ -109,9 +109,10 @@ def plan(
         raise ContainerError(f"parallel is {wished}, and a transformers model answers one request at a time")
     at_once = int(wished or config.get("parallel") or PARALLEL) if onnx else None
     _check_model(model, progress=progress)
-    weights = ("artifacts",) if onnx else trust.TRANSFORMERS_PARTS
+    place = model.place
+    weights = trust.TRANSFORMERS_PARTS if place.parts == trust.TRANSFORMERS_PARTS else ("artifacts",)
     python, lines, torch = _requirements(model)
-    chosen, kv = _settings(model, config, given, at_once, cpus)
+    chosen, kv = _settings(place.configuration(place.find()), config, given, at_once, cpus)
     if at_once and at_once > 1 and not any(same(found.name, "openvino") for found in filter(None, map(parse, lines))):
         if chosen.setdefault("engine", "onnxruntime") == "openvino":
             raise ContainerError("engine is 'openvino', and the model does not ask for it: log it with engine=openvino")
@@ -167,10 +168,10 @@ def _check_model(model: LoggedModel, *, progress: bool) -> None:
 
 
 def _settings(
-    model: LoggedModel, config: Mapping[str, Any], given: Mapping[str, Any], parallel: int | None, cpus: int
+    weights: Path, config: Mapping[str, Any], given: Mapping[str, Any], parallel: int | None, cpus: int
 ) -> tuple[dict[str, Any], int]:
     """The changed settings, and bytes for the KV cache."""
-    found = shape(model.folder / ("artifacts/weights" if parallel else "model"))
+    found = shape(weights)
     chosen = {name: value for name, value in given.items() if value is not None}
     # Else as many as the machine has, and the container has fewer.
     chosen.setdefault("threads", config.get("threads") or cpus)

@@ -12,6 +12,7 @@ import jinja2
 from tqdm import tqdm
 
 import phi3_mlflow
+from phi3_mlflow.embedding import embed
 
 from .plan import Plan, check_folder
 
@@ -119,11 +120,15 @@ def _copy_model(plan: Plan, folder: Path, *, progress: bool) -> None:
     size = plan.model.size
     with tqdm(total=size, unit="B", unit_scale=True, delay=2, leave=False, disable=not progress) as bar:
         step: Callable[[int], Any] = bar.update
-        for path in plan.model.files():
-            target = folder / path.relative_to(plan.model.folder)
+
+        def put(path: Path, target: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
             step(path.stat().st_size)
+
+        for path in plan.model.files():
+            put(path, folder / path.relative_to(plan.model.folder))
+        embed(plan.model.place, folder, put)
 
 
 def _let_read(folder: Path) -> None:

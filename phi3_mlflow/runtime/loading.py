@@ -3,7 +3,7 @@
 import importlib.util
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,29 +46,46 @@ def load(folder: Path, **config: Any) -> Service:
     return _onnx(folder, {"format": FORMAT, **config})
 
 
-def load_onnx(folder: Path, config: Mapping[str, Any]) -> Service:
+def load_onnx(folder: Path, config: Mapping[str, Any], snapshot: Path | None = None) -> Service:
     """Checks and loads an onnxruntime-genai folder.
 
     Args:
         folder: the weights, with their manifest.
         config: the model_config: defaults of options, and what `settings` lists.
+        snapshot: the folder of the hub's cache with the weights, where `folder` has their manifest alone.
 
     Raises:
         FormatError, WeightsError: this runtime cannot read the model, or a file is missing or damaged.
         InvalidRequest: a setting is not allowed.
     """
     settings = settings_of(config)  # before gigabytes are hashed
-    manifest.verify(folder, full=settings.get("verify") == "full")
-    return _onnx(folder, config)
+    manifest.verify(folder, full=settings.get("verify") == "full", files=snapshot)
+    return _onnx(snapshot or folder, config, manifest.sizes(folder) if snapshot else None)
 
 
-def _onnx(folder: Path, config: Mapping[str, Any]) -> Service:
+def _onnx(folder: Path, config: Mapping[str, Any], names: Collection[str] | None = None) -> Service:
     settings = settings_of(config)
     check_batching(config)
-    trust.check(folder)
+    trust.check(folder, names)
     arguments = _arguments(settings, config)  # what may be wrong with them is told before the weights are loaded
     tokens = Tokens.from_folder(folder, template=arguments["template"])
     return Service(tokens, onnx_decoder(folder, settings), **arguments)
+
+
+def pipeline_in(folder: Path, device: int | None = None) -> "transformers.TextGenerationPipeline":
+    """Transformers' own pipeline for a folder of weights that were checked.
+
+    Args:
+        folder: holds the model and the tokenizer.
+        device: the number of a GPU, or -1 for the processor; None for what transformers takes.
+    """
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=False, dtype="auto"
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    return transformers.pipeline("text-generation", model=model, tokenizer=tokenizer, device=device)
 
 
 def load_pipeline(folder: Path, pipeline: "transformers.TextGenerationPipeline", config: Mapping[str, Any]) -> Service:

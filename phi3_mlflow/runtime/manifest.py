@@ -23,12 +23,13 @@ SIGNATURE = "model.sig"
 _MOST_BYTES = 16 * 2**20  # of a manifest
 
 
-def write(folder: Path, within: Sequence[str] = ("",)) -> Path:
+def write(folder: Path, within: Sequence[str] = ("",), *, elsewhere: Sequence[Path] = ()) -> Path:
     """Writes `manifest.json` into the folder, over an older one, for every file below it except the manifest itself.
 
     Args:
         folder: the folder with the weight files. Symbolic links are followed, to files and to folders.
         within: the subfolders to list, where it holds other things too.
+        elsewhere: files of another folder, which are listed in place of this one's, by their plain names.
 
     Returns:
         The path of the manifest.
@@ -36,10 +37,14 @@ def write(folder: Path, within: Sequence[str] = ("",)) -> Path:
     Raises:
         WeightsError: the folder is missing or empty, or a file in it cannot be read.
     """
-    names = sorted(name for part in within for name in _names(folder, folder / part))
-    if not names:
+    if elsewhere:
+        paths = {path.name: path for path in sorted(elsewhere)}
+    else:
+        names = sorted(name for part in within for name in _names(folder, folder / part))
+        paths = {name: folder / name for name in names}
+    if not paths:
         raise WeightsError(f"{folder} holds no files, so there is nothing to list: give the folder with the weights")
-    files = {name: {"size": (folder / name).stat().st_size, "sha256": hash_file(folder / name)} for name in names}
+    files = {name: {"size": path.stat().st_size, "sha256": hash_file(path)} for name, path in paths.items()}
     path = folder / NAME
     try:
         path.unlink(missing_ok=True)  # it may be a link to the manifest of the folder that this one was copied from
@@ -49,13 +54,14 @@ def write(folder: Path, within: Sequence[str] = ("",)) -> Path:
     return path
 
 
-def verify(folder: Path, within: Sequence[str] = ("",), *, full: bool = True) -> None:
+def verify(folder: Path, within: Sequence[str] = ("",), *, full: bool = True, files: Path | None = None) -> None:
     """Checks that the folder holds exactly the files of its manifest, and that its model was logged with that manifest.
 
     Args:
         folder: a folder that `write` was called on, or a copy of it.
         within: as for `write`.
         full: whether every file is read; else a large one only where it is not known from an earlier time.
+        files: as for `compare`.
 
     Raises:
         WeightsError: the manifest is missing or makes no sense, the model's MLmodel states the digest of another one or
@@ -64,7 +70,7 @@ def verify(folder: Path, within: Sequence[str] = ("",), *, full: bool = True) ->
         FormatError: MLmodel cannot be read.
     """
     check_stated(folder)
-    for _, problem in compare(folder, within, hash_of=hash_file if full else hash_once):
+    for _, problem in compare(folder, within, hash_of=hash_file if full else hash_once, files=files):
         if problem is not None:
             raise WeightsError(problem)
 
@@ -75,6 +81,7 @@ def compare(
     progress: Callable[[int], None] | None = None,
     *,
     hash_of: Callable[[Path, Callable[[int], None] | None], str] = hash_file,
+    files: Path | None = None,
 ) -> Iterator[tuple[str, str | None]]:
     """Compares files with the manifest: all names and sizes first, then all hashes.
 
@@ -83,6 +90,7 @@ def compare(
         within: as for `write`.
         progress: called with the number of bytes that were hashed since the last call.
         hash_of: gives a file's hash.
+        files: the folder that the listed files are in, where it is another one; what else is there does not matter.
 
     Yields:
         A name and what is wrong with that file, once or not at all for each file with a problem; at the end the name
@@ -91,25 +99,35 @@ def compare(
     Raises:
         WeightsError: the manifest is missing or makes no sense.
     """
-    files = _read(folder)
+    listed = _read(folder)
     bad = set()
-    for name, problem in _outside(folder, within, files):
+    for name, problem in _outside(files or folder, () if files else within, listed):
         bad.add(name)
         yield name, problem
-    for name, entry in files.items():
+    for name, entry in listed.items():
         if name in bad:
             continue
-        sha256 = hash_of(folder / name, progress)
+        path = (files or folder) / name
+        sha256 = hash_of(path, progress)
         if sha256 != entry["sha256"]:
             bad.add(name)
             yield (
                 name,
-                f"{folder / name} is damaged or was changed: its sha256 is {sha256}, {NAME} lists {entry['sha256']}; "
-                "copy or download it again",
+                f"{path} is damaged or was changed: its sha256 is {sha256}, {NAME} lists {entry['sha256']}; copy or "
+                "download it again",
             )
-    for name in files:
+    for name in listed:
         if name not in bad:
             yield name, None
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """The listed files, as paths below their folder, with their bytes.
+
+    Raises:
+        WeightsError: the manifest is missing or makes no sense.
+    """
+    return {name: entry["size"] for name, entry in _read(folder).items()}
 
 
 def stated(folder: Path) -> tuple[Path, str | None] | None:

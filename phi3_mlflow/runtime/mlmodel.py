@@ -29,6 +29,9 @@ _KINDS: Mapping[tuple[str, ...], str] = {
     ("metadata", "task"): "a text",
     ("metadata", "weights"): "a mapping",
     ("metadata", "weights", "sha256"): "a text",
+    ("metadata", "weights", "source"): "a text",
+    ("metadata", "weights", "revision"): "a text",
+    ("metadata", "weights", "reference"): "true or false",
     ("model_id",): "a text",
     ("signature",): "a mapping",
     ("signature", "inputs"): "a text",
@@ -36,7 +39,7 @@ _KINDS: Mapping[tuple[str, ...], str] = {
     ("signature", "params"): "a text",
     ("saved_input_example_info",): "a mapping",
 }
-_TYPES: Mapping[str, type] = {"a mapping": dict, "a text": str}
+_TYPES: Mapping[str, type] = {"a mapping": dict, "a text": str, "true or false": bool}
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from mlflow.environment_variables import MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT
+from mlflow.environment_variables import MLFLOW_DEFAULT_PREDICTION_DEVICE, MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import (
     INTERNAL_ERROR,
@@ -24,7 +24,7 @@ from mlflow.protos.databricks_pb2 import (
 )
 from tqdm.auto import tqdm
 
-from . import hosting, loading, manifest, mlmodel, trust
+from . import hosting, loading, manifest, mlmodel, snapshots
 from .answers import Answer
 from .chat import chunks, completion
 from .errors import Busy, FormatError, InvalidRequest, Picklable, Unavailable, shorten
@@ -303,18 +303,28 @@ def load(folder: Path, config: Mapping[str, Any] | None = None) -> Predictor:
     if config.get("task") != metadata.get("task"):
         problem = f"is {shorten(config.get('task'))}, and the model was logged for {metadata.get('task')}"
         raise InvalidRequest("task", f"{problem}; log it again for another")
-    if "artifacts" in flavor:
-        service = loading.load_onnx(folder / flavor["artifacts"]["weights"]["path"], config)
+    settings = settings_of(config)  # before gigabytes are downloaded or hashed
+    place = snapshots.place(folder, logged.flavors, metadata)
+    weights = place.find()
+    if place.form == "onnx":
+        service = loading.load_onnx(place.listed, config, weights if place.reference else None)
     else:
-        settings = settings_of(config)  # before gigabytes are hashed
-        manifest.verify(folder, trust.TRANSFORMERS_PARTS, full=settings.get("verify") == "full")
-        trust.check_transformers(folder)
-        import mlflow.transformers
-
-        pipeline = mlflow.transformers.load_model(str(folder))
-        service = loading.load_pipeline(folder / "components" / "tokenizer", pipeline, config)
+        files = weights if place.reference else None
+        manifest.verify(place.listed, place.parts, full=settings.get("verify") == "full", files=files)
+        place.check(weights)
+        service = loading.load_pipeline(place.tokenizer(weights), _pipeline(folder, place, weights), config)
     hosting.attend(partial(service.close, wait=False))
     return Predictor(service, config.get("on_error") or "raise", logged.model_id)
+
+
+def _pipeline(folder: Path, place: snapshots.Place, weights: Path) -> Any:
+    """The checked weights as transformers' pipeline, on the device that MLflow would take."""
+    if place.configuration(weights) != weights:
+        import mlflow.transformers
+
+        return mlflow.transformers.load_model(str(folder))
+    device = MLFLOW_DEFAULT_PREDICTION_DEVICE.get()
+    return loading.pipeline_in(weights, int(device) if device else None)
 
 
 def _progress(ended: Iterable[tuple[int, Any]], total: int) -> Iterable[tuple[int, Any]]:

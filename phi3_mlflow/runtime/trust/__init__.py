@@ -3,7 +3,7 @@
 What a model folder beside its weights holds (MLmodel, requirements, code) is code, and nothing is checked of that.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,17 @@ from ..errors import WeightsError, shorten
 from . import files, genai_config, onnx_graph
 from .models import MODELS
 
-__all__ = ["MODELS", "TRANSFORMERS_PARTS", "check", "check_transformers", "onnx_files", "transformers_files"]
+__all__ = [
+    "MODELS",
+    "TRANSFORMERS_PARTS",
+    "check",
+    "check_flat_transformers",
+    "check_transformers",
+    "onnx_files",
+    "read_onnx",
+    "read_transformers",
+    "transformers_files",
+]
 
 # The folders of a logged transformers model that hold weights.
 TRANSFORMERS_PARTS = ("model", "components")
@@ -27,22 +37,30 @@ _JSON = {
     "added_tokens.json": 4 * _MiB,
 }
 _TEMPLATE = ("chat_template.jinja", _MiB)
+# The weights of a transformers model: one file, or the index of several.
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 # Transformers' names for ways to compute attention. Any other name is a repository on the hub with code to download.
 _IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 # What transformers reads; it unpickles .bin, .pt and .pth, and imports .py.
 _SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt", ".md", ""})
 
 
-def check(folder: Path) -> None:
+def check(folder: Path, names: Collection[str] | None = None) -> None:
     """Checks a logged ONNX folder, for every decoder that may load it. Reads no weight file but for its first bytes.
+
+    Args:
+        folder: the files.
+        names: those that were logged, where the folder is one of the hub's cache, which may hold others.
 
     Raises:
         WeightsError: genai_config.json has a key or a value that is not on the allow-list or does not fit the graph,
-            the graph is refused, a file that is read makes no sense, or a file, whether it is used or not, is a native
-            library, a pickle or a link that leaves the folder.
+            the graph is refused, a file that is read makes no sense or was not logged, or a file, whether it is used or
+            not, is a native library, a pickle or a link that leaves the folder (but for the cache's own links).
     """
+    if names is not None:
+        return _check_named(folder, read_onnx(folder), names)
     onnx_files(folder)
-    files.check_all(folder)
+    return files.check_all(folder)
 
 
 def onnx_files(folder: Path) -> list[Path]:
@@ -58,6 +76,46 @@ def onnx_files(folder: Path) -> list[Path]:
     files.needed(folder / "tokenizer.json")
     _check_texts(folder)
     return [folder / genai_config.NAME, path, *graph.files, folder / "tokenizer.json"]
+
+
+def read_onnx(folder: Path) -> list[Path]:
+    """Every file of an ONNX folder that something reads: `onnx_files`, and what there is of what may be beside them."""
+    return sorted({*onnx_files(folder), *_beside(folder)})
+
+
+def read_transformers(folder: Path) -> list[Path]:
+    """Every file that something reads of a folder that transformers wrote; see `transformers_files` for the errors."""
+    # Transformers takes the single file first where there is an index, too.
+    others = (folder / name for name in _SAFETENSORS if (folder / name).exists())
+    return sorted({*transformers_files(folder, folder), *map(files.needed, others), *_beside(folder)})
+
+
+def check_flat_transformers(folder: Path, names: Collection[str] | None = None) -> None:
+    """Checks a folder of weights as the hub has it, with the tokenizer beside them. Arguments are those of `check`.
+
+    Raises:
+        WeightsError: as for `check_transformers`.
+    """
+    if names is not None:
+        return _check_named(folder, read_transformers(folder), names)
+    transformers_files(folder, folder)
+    return files.check_all(folder)
+
+
+def _check_named(folder: Path, read: Collection[Path], names: Collection[str]) -> None:
+    for path in read:
+        if path.name not in names:
+            raise WeightsError(
+                f"{path} is read with the weights, and the model's manifest does not list it: log the model again"
+            )
+    for name in names:
+        files.needed(folder / name)
+
+
+def _beside(folder: Path) -> list[Path]:
+    """What there is of the files that are read where they are there."""
+    names = (*_JSON, _TEMPLATE[0], "tokenizer.model")
+    return [files.needed(folder / name) for name in names if (folder / name).exists()]
 
 
 def check_transformers(folder: Path) -> None:
@@ -132,7 +190,7 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _safetensors(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
+    index = folder / _SAFETENSORS[1]
     if index.is_file():
         names = _json(index, 16 * _MiB).get("weight_map")
         if not isinstance(names, dict) or not names:
@@ -143,7 +201,7 @@ def _safetensors(folder: Path) -> list[Path]:
                 f"{index} names {shorten(others[0].name)}, which is not .safetensors: do not use this copy"
             )
         return [index, *shards]
-    single = folder / "model.safetensors"
+    single = folder / _SAFETENSORS[0]
     if not single.is_file() and (pickles := sorted(folder.glob("pytorch_model*.bin"))):
         raise WeightsError(
             f"{pickles[0]} is a pickle, which can run code when it is loaded, and is refused: save the model with "
