@@ -76,7 +76,7 @@ endif
 programs:
 	@missing=; export PATH="$$PATH:/usr/sbin"; \
 	for pair in chromium:chromium chromedriver:chromium-driver nginx:nginx-light java:default-jre-headless \
-	  pg_ctlcluster:postgresql bwrap:bubblewrap openssl:openssl; do \
+	  pg_ctlcluster:postgresql bwrap:bubblewrap openssl:openssl mkfs.btrfs:btrfs-progs; do \
 	  command -v "$${pair%%:*}" >/dev/null || missing="$$missing $${pair#*:}"; \
 	done; \
 	if [ -z "$$missing" ]; then exit 0; fi; \

@@ -1,10 +1,23 @@
-"""Progress bars of the libraries, switched off where nobody wants to see them."""
+"""Progress bars: ours in bytes, and those of the libraries, switched off where nobody wants to see them."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
+from tqdm import tqdm
+
+
+@contextmanager
+def bar(what: str, size: int) -> Iterator[Callable[[int], None]]:
+    """A bar in bytes on stderr where the block takes longer than two seconds, unless MLflow's own are switched off.
+
+    Yields:
+        What takes the number of bytes that were done since the last call; any thread may call it.
+    """
+    disable = not MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.get()
+    with tqdm(total=size, desc=what, unit="B", unit_scale=True, delay=2, leave=False, disable=disable) as shown:
+        yield shown.update
 
 
 @contextmanager

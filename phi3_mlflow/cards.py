@@ -40,11 +40,12 @@ _MEASURED = "<!-- phi3-mlflow: measured -->"
 _ONNX_TYPES = {"float32": "fp32", "float16": "fp16"}
 
 
-def facts(folder: Path) -> dict[str, str]:
+def facts(folder: Path, held: Path | None = None) -> dict[str, str]:
     """What a written model says of itself, as the params of its page.
 
     Args:
-        folder: the model's, with its MLmodel file and its manifest.
+        folder: the model's, with its MLmodel file.
+        held: the folder with the manifest and the weights below it, where that is another one.
 
     Returns:
         Texts by NAMES; `weights_revision` only where the weights have a commit, `weights_held` where the model refers
@@ -55,7 +56,7 @@ def facts(folder: Path) -> dict[str, str]:
     """
     logged = yaml.safe_load((folder / "MLmodel").read_text("utf-8"))
     metadata, flavors = logged["metadata"], logged["flavors"]
-    place = snapshots.place(folder, flavors, metadata)
+    place = snapshots.place(held or folder, flavors, metadata)
     weights = place.configuration(place.find())
     quantization, own = _onnx(weights) if place.form == "onnx" else _pipeline(weights / "config.json")
     context = min(flavors["python_function"]["config"].get("context_length") or own, own)

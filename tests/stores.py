@@ -55,12 +55,13 @@ def postgresql() -> Iterator[str]:
 
 
 @contextmanager
-def server(folder: Path, store: str) -> Iterator[tuple[str, subprocess.Popen]]:
+def server(folder: Path, store: str, artifacts: str | None = None) -> Iterator[tuple[str, subprocess.Popen]]:
     """MLflow's tracking server, which keeps the artifacts too: its address and its process.
 
     Args:
         folder: for its artifacts and its log.
         store: the URI of the database behind it.
+        artifacts: where it keeps the artifacts, if not in that folder.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -68,7 +69,7 @@ def server(folder: Path, store: str) -> Iterator[tuple[str, subprocess.Popen]]:
     # What `mlflow server` hands to its workers, of which one is enough.
     environment = {
         "_MLFLOW_SERVER_FILE_STORE": store,
-        "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(folder / "artifacts"),
+        "_MLFLOW_SERVER_ARTIFACT_DESTINATION": artifacts or str(folder / "artifacts"),
         "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
         "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
     }

@@ -5,12 +5,12 @@ Knows nothing of where a model goes.
 
 import json
 import logging
-import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,8 @@ from mlflow.models import Model
 
 import phi3_mlflow
 from phi3_mlflow import runtime
+from phi3_mlflow.bars import bar
+from phi3_mlflow.copying import linked, move, put
 from phi3_mlflow.runtime import settings
 from phi3_mlflow.runtime.chat import TASKS, Task
 from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error, WeightsError, shorten
@@ -40,6 +42,9 @@ _ARGUMENTS = {
     "name": "it follows from the weights",
     "format": "it is the runtime's own",
 }
+
+# Bytes of a file from which it is worth a step of its own.
+_LARGE = 2**20
 
 Target = Literal["mlflow", "azure"]
 
@@ -247,26 +252,56 @@ def quiet_mlflow() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def copy_weights(files: Sequence[Path], destination: Path, *, link: bool) -> None:
-    """Copies weight files into one folder, links followed.
+@dataclass(frozen=True)
+class Room:
+    """Where a model is written.
+
+    Attributes:
+        folder: for everything; MLflow copies it into the store, or uploads it.
+        weights: the folder that files of weights are put in: the same, or the store's own for this model.
+        links: whether they can be hard links, because MLflow uploads the folder and deletes it.
+    """
+
+    folder: Path
+    weights: Path
+    links: bool = False
+
+
+def copy_weights(files: Sequence[Path], destination: Path, *, link: bool) -> dict[str, str]:
+    """Puts weight files into one folder, links followed.
 
     Args:
         files: what to copy.
         destination: the folder to make.
-        link: make hard links where the file system can: for a folder that MLflow copies once more and deletes.
+        link: make hard links where the file system can: for a folder that is uploaded and deleted.
+
+    Returns:
+        The sha256 of those that were read, by their names.
     """
     destination.mkdir(parents=True)
-    for file in files:
-        try:
-            if not link:
-                raise OSError
-            os.link(file.resolve(), destination / file.name)
-        except OSError:
-            shutil.copy(file, destination / file.name)
+    hashes = {}
+    size = sum(file.stat().st_size for file in files)
+    with bar("Copying weights", size) as progress:
+        for file in files:
+            target = destination / file.name
+            if not (link and linked(file, target)):
+                hashes[file.name] = put(file, target, progress)
+    return hashes
 
 
-def finish(model: Model, path: Path) -> None:
+def hand_over(room: Room) -> None:
+    """Moves large files into the store where it is on the disk that they were written on: MLflow would copy them."""
+    if room.weights == room.folder:
+        return
+    for file in sorted(room.folder.rglob("*")):
+        if file.is_file() and file.stat().st_size >= _LARGE:
+            move(file, room.weights / file.relative_to(room.folder))
+
+
+def finish(model: Model, room: Room) -> None:
     """Writes the MLmodel file anew, without the path of the store that MLflow notes in it, and with the final size."""
     model.artifact_path = model.model_id
-    model.model_size_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    model.save(str(path / "MLmodel"))
+    model.model_size_bytes = sum(
+        file.stat().st_size for place in {room.folder, room.weights} for file in place.rglob("*") if file.is_file()
+    )
+    model.save(str(room.folder / "MLmodel"))

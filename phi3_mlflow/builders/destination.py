@@ -115,9 +115,9 @@ def artifact_folder(run_id: str | None) -> Path | None:
         if experiment is None and run_id is not None:
             experiment = mlflow.MlflowClient().get_run(run_id).info.experiment_id
         location = mlflow.MlflowClient().get_experiment(str(experiment)).artifact_location
-    if not is_local_uri(location, is_tracking_or_registry_uri=False):
+    folder = local_folder(location)
+    if folder is None:
         return None
-    folder = Path(local_file_uri_to_path(location))
     with _as_build_error(f"the artifact store {folder} cannot be written"):
         _check_writable(folder)
     return folder
@@ -181,10 +181,16 @@ def folder_of(models: Sequence[Model]) -> Path | None:
     """
     for model in models:
         logged = mlflow.MlflowClient().get_logged_model(str(model.model_id))
-        location = logged.artifact_location
-        if logged.status != LoggedModelStatus.READY and is_local_uri(location, is_tracking_or_registry_uri=False):
-            return Path(local_file_uri_to_path(location))
+        folder = local_folder(logged.artifact_location)
+        if logged.status != LoggedModelStatus.READY and folder is not None:
+            return folder
     return None
+
+
+def local_folder(location: str) -> Path | None:
+    """The folder of this machine that an artifact location means; None where it means another place."""
+    local = is_local_uri(location, is_tracking_or_registry_uri=False)
+    return Path(local_file_uri_to_path(location)) if local else None
 
 
 @contextmanager

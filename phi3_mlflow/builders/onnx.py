@@ -209,17 +209,19 @@ def plan(
                 check_budget(found.folder, config["context_length"], int(budget))
         common.check_tokenizer(found.folder, template, chat_template)
 
-        def write(path: Path, model: Model, links: bool) -> None:
-            _write(path, model, found, config, needed)
-            place = path / WEIGHTS
+        def write(room: common.Room, model: Model) -> Path:
+            _write(room.folder, model, found, config, needed)
+            held = room.folder if reference else room.weights
+            place = held / WEIGHTS
             if reference:
                 place.mkdir(parents=True)
                 manifest.write(place, elsewhere=trust.read_onnx(found.folder))
             else:
-                _copy(found, place, chat_template, links=links)
-                manifest.write(place)
+                hashes = _copy(found, place, chat_template, links=room.links)
+                manifest.write(place, hashes=hashes)
             model.metadata = common.metadata(task, found, manifest.digest(place), own, reference=reference)
-            common.finish(model, path)
+            common.finish(model, room)
+            return held
 
         return write
 
@@ -245,10 +247,11 @@ def _write(path: Path, model: Model, found: Weights, config: Mapping[str, Any], 
     }
 
 
-def _copy(found: Weights, destination: Path, chat_template: str | None, *, links: bool) -> None:
+def _copy(found: Weights, destination: Path, chat_template: str | None, *, links: bool) -> dict[str, str]:
     files = onnx_files(found.folder)
     if chat_template is not None:
         files = [file for file in files if file.name != "chat_template.jinja"]
-    common.copy_weights(files, destination, link=links)
+    hashes = common.copy_weights(files, destination, link=links)
     if chat_template is not None:
         (destination / "chat_template.jinja").write_text(chat_template, "utf-8")
+    return hashes

@@ -4,6 +4,7 @@ Knows the order of the steps; what a builder writes is in its own module, where 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,11 @@ from phi3_mlflow import cards
 from phi3_mlflow.runtime.errors import shorten
 from phi3_mlflow.weights import Source, Weights
 
-from . import destination
-from .common import BuildError, quiet_mlflow
+from . import destination, uploads
+from .common import BuildError, Room, hand_over, quiet_mlflow
 
-# Writes a model: the folder, the description to fill in, and whether weights may be hard links because MLflow copies
-# the folder once more and deletes it.
-Write = Callable[[Path, Model, bool], None]
+# Writes a model: where to, and the description to fill in. Returns which of the room's folders has the weights.
+Write = Callable[[Room, Model], Path]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def save(plan: Plan, path: str | Path) -> None:
     destination.check_space([plan.held], [path], temporary=0)
     write = plan.prepare(plan.source.fetch())
     with destination.removed_on_failure(lambda: path):
-        write(path, Model(), False)
+        write(Room(path, path), Model())
 
 
 def check(*models: tuple[Plan, Entry]) -> None:
@@ -98,7 +98,10 @@ def check(*models: tuple[Plan, Entry]) -> None:
     for _, entry in models:
         destination.check_prompts(entry.prompts or ())
         folders.append(destination.artifact_folder(destination.find_run(entry.run_id)))
-    temporary = max(destination.temporary_size(plan.held, links=plan.links) for plan, _ in models)
+    temporary = max(
+        0 if plan.links and folder else destination.temporary_size(plan.held, links=plan.links)
+        for (plan, _), folder in zip(models, folders, strict=True)
+    )
     destination.check_space([plan.held for plan, _ in models], folders, temporary=temporary)
 
 
@@ -148,15 +151,22 @@ def log(plan: Plan, entry: Entry) -> ModelInfo:
 
     def save_model(path: str, mlflow_model: Model, **_: Any) -> None:
         made.append(mlflow_model)
-        write(Path(path), mlflow_model, True)
-        facts.update(cards.facts(Path(path)))
         model_id = str(mlflow_model.model_id)
+        location = client.get_logged_model(model_id).artifact_location
+        store = destination.local_folder(location)
+        room = Room(Path(path), store or Path(path), links=store is None)
+        held = write(room, mlflow_model)
+        facts.update(cards.facts(Path(path), held))
+        hand_over(room)
+        if store is None:
+            upload.enter_context(uploads.shown(location, room.folder))
         # MLflow has copied the params of the run there already.
         present = client.get_logged_model(model_id).params
         client.log_model_params(model_id, {name: text for name, text in facts.items() if name not in present})
         client.set_logged_model_tags(model_id, cards.tags(facts))
 
-    with quiet_mlflow(), destination.removed_on_failure(partial(destination.folder_of, made)):
+    removed = destination.removed_on_failure(partial(destination.folder_of, made))
+    with quiet_mlflow(), removed, ExitStack() as upload:
         info = Model.log(
             artifact_path=None,
             name=entry.name,

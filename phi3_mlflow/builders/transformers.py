@@ -209,11 +209,13 @@ def plan(
         common.check_tokenizer(found.folder, template, None)
         native = _native(found, task)
 
-        def write(path: Path, model: Model, links: bool) -> None:
+        def write(room: common.Room, model: Model) -> Path:
+            path = room.folder
             _refer(path, model, found, config, needed)
             model.add_flavor("transformers", code=model.flavors["python_function"]["code"], **native)
             model.metadata = common.metadata(task, found, manifest.digest(path / WEIGHTS), own, reference=True)
-            common.finish(model, path)
+            common.finish(model, room)
+            return path
 
         return write
 
@@ -226,10 +228,11 @@ def plan(
                 pipeline.tokenizer.save_pretrained(temporary)  # type: ignore[union-attr]
                 common.check_tokenizer(Path(temporary), template, chat_template)
 
-        def write(path: Path, model: Model, links: bool) -> None:
-            _write(path, model, pipeline, found, config, needed)
-            model.metadata = common.metadata(task, found, manifest.digest(path), own)
-            common.finish(model, path)
+        def write(room: common.Room, model: Model) -> Path:
+            _write(room.folder, model, pipeline, found, config, needed)
+            model.metadata = common.metadata(task, found, manifest.digest(room.folder), own)
+            common.finish(model, room)
+            return room.folder
 
         return write
 

@@ -23,13 +23,21 @@ SIGNATURE = "model.sig"
 _MOST_BYTES = 16 * 2**20  # of a manifest
 
 
-def write(folder: Path, within: Sequence[str] = ("",), *, elsewhere: Sequence[Path] = ()) -> Path:
+def write(
+    folder: Path,
+    within: Sequence[str] = ("",),
+    *,
+    elsewhere: Sequence[Path] = (),
+    hashes: Mapping[str, str] | None = None,
+) -> Path:
     """Writes `manifest.json` into the folder, over an older one, for every file below it except the manifest itself.
 
     Args:
         folder: the folder with the weight files. Symbolic links are followed, to files and to folders.
         within: the subfolders to list, where it holds other things too.
-        elsewhere: files of another folder, which are listed in place of this one's, by their plain names.
+        elsewhere: files of another folder, which are listed in place of this one's, by their plain names. A large one
+            that is known from an earlier time is not read again.
+        hashes: sha256 by name, for files that were read already.
 
     Returns:
         The path of the manifest.
@@ -44,7 +52,10 @@ def write(folder: Path, within: Sequence[str] = ("",), *, elsewhere: Sequence[Pa
         paths = {name: folder / name for name in names}
     if not paths:
         raise WeightsError(f"{folder} holds no files, so there is nothing to list: give the folder with the weights")
-    files = {name: {"size": path.stat().st_size, "sha256": hash_file(path)} for name, path in paths.items()}
+    known, hash_of = hashes or {}, hash_once if elsewhere else hash_file
+    files = {
+        name: {"size": path.stat().st_size, "sha256": known.get(name) or hash_of(path)} for name, path in paths.items()
+    }
     path = folder / NAME
     try:
         path.unlink(missing_ok=True)  # it may be a link to the manifest of the folder that this one was copied from
