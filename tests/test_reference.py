@@ -3,6 +3,7 @@
 Run with: python -m pytest tests/test_reference.py
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -76,8 +77,9 @@ def cache(hub, monkeypatch, tmp_path) -> Path:
     return tmp_path / "own"
 
 
-def answer(model: Path | str) -> str:
-    (found,) = mlflow.pyfunc.load_model(str(model), suppress_warnings=True).predict(QUESTION)
+def answer(model: Path | str, **config) -> str:
+    loaded = mlflow.pyfunc.load_model(str(model), suppress_warnings=True, model_config=config)
+    (found,) = loaded.predict(QUESTION)
     return found["choices"][0]["message"]["content"]
 
 
@@ -112,6 +114,14 @@ def test_it_answers_as_the_model_that_holds_them_without_a_request(hub, referenc
     hub.take()
     assert answer(references[builder]) == answer(saved[builder])
     assert hub.take() == []
+
+
+@pytest.mark.parametrize("engine", ["genai", "onnxruntime", "openvino"])
+def test_every_engine_reads_the_caches_links(references, engine, caplog):
+    if importlib.util.find_spec(engine) is None and engine == "openvino":
+        pytest.skip("needs the extra openvino")
+    assert "Madrid" in answer(references["onnx"], engine=engine, parallel=1 if engine == "genai" else 2)
+    assert "cannot run this folder" not in caplog.text
 
 
 def test_mlflows_own_loader_gives_the_native_pipeline_back(references):
