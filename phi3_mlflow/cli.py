@@ -234,6 +234,7 @@ def _log(*asked: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
     from phi3_mlflow.builders import onnx, transformers
     from phi3_mlflow.builders import plan as build
+    from phi3_mlflow.runtime.snapshots import Reference
 
     plans = []
     for builder, options in asked:
@@ -263,6 +264,9 @@ def _log(*asked: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
         info = build.log(planned, entry)
         result: dict[str, Any] = {"builder": builder, "model_uri": info.model_uri, "run_id": info.run_id}
         result["tracking_uri"] = mlflow.get_tracking_uri()
+        if planned.reference:
+            found = planned.source.fetch()
+            result["pull"] = Reference(found.source, str(found.revision), builder).command  # type: ignore[arg-type]
         if entry.registered_model_name:
             result["registered"] = f"models:/{entry.registered_model_name}/{info.registered_model_version}"
         results.append(result)
@@ -282,6 +286,8 @@ def _log_and_print(as_json: bool, *asked: tuple[str, dict[str, Any]]) -> None:
         if "registered" in result:
             click.echo(f"Registered as {result['registered']}", err=True)
         click.echo(f"Logged to {result['tracking_uri']}", err=True)
+        if "pull" in result:
+            click.echo(f"It holds no weights; other machines need them first:  {result['pull']}", err=True)
         click.echo(f"Serve it:  mlflow models serve -m {result['model_uri']} -p 5000 --env-manager local", err=True)
 
 

@@ -276,6 +276,8 @@ def test_the_command_logs_and_registers_a_reference_with_what_it_is(hub, referen
     result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 0, result.output
     made = json.loads(result.stdout)
+    noted = yaml.safe_load((references[builder] / "MLmodel").read_text())["metadata"]["weights"]
+    assert made["pull"] == f"phi3-mlflow pull {noted['source']} --revision {noted['revision']} --form {builder}"
     logged = mlflow.MlflowClient().get_logged_model(made["model_uri"].removeprefix("models:/"))
     assert logged.params["weights_held"] == "by reference"
     assert logged.params["context_tokens"] == "4096"

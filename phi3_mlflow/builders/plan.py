@@ -152,17 +152,17 @@ def log(plan: Plan, entry: Entry) -> ModelInfo:
     def save_model(path: str, mlflow_model: Model, **_: Any) -> None:
         made.append(mlflow_model)
         model_id = str(mlflow_model.model_id)
-        location = client.get_logged_model(model_id).artifact_location
-        store = destination.local_folder(location)
+        logged = client.get_logged_model(model_id)
+        store = destination.local_folder(logged.artifact_location)
         room = Room(Path(path), store or Path(path), links=store is None)
         held = write(room, mlflow_model)
         facts.update(cards.facts(Path(path), held))
         hand_over(room)
         if store is None:
-            upload.enter_context(uploads.shown(location, room.folder))
+            upload.enter_context(uploads.shown(logged.artifact_location, room.folder))
         # MLflow has copied the params of the run there already.
-        present = client.get_logged_model(model_id).params
-        client.log_model_params(model_id, {name: text for name, text in facts.items() if name not in present})
+        new = {name: text for name, text in facts.items() if name not in logged.params}
+        client.log_model_params(model_id, new)
         client.set_logged_model_tags(model_id, cards.tags(facts))
 
     removed = destination.removed_on_failure(partial(destination.folder_of, made))
