@@ -5,6 +5,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from phi3_mlflow.runtime.hashes import hash_file
@@ -34,13 +35,15 @@ def put(source: Path, target: Path, progress: Callable[[int], None] | None = Non
             return hash_file(source, progress)
         hasher = hashlib.sha256()
         buffer = memoryview(bytearray(_CHUNK))
-        while count := read.readinto(buffer):
-            hasher.update(buffer[:count])
-            done = 0
-            while done < count:
-                done += written.write(buffer[done:count]) or 0
-            if progress:
-                progress(count)
+        with ThreadPoolExecutor(1) as hashing:  # while the same bytes are written
+            while count := read.readinto(buffer):
+                hashed = hashing.submit(hasher.update, buffer[:count])
+                done = 0
+                while done < count:
+                    done += written.write(buffer[done:count]) or 0
+                hashed.result()
+                if progress:
+                    progress(count)
         return hasher.hexdigest()
 
 
