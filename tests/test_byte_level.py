@@ -193,10 +193,3 @@ def test_without_a_template_there_are_no_chats_but_prompts(tmp_path):
     assert ours.decode(ours.encode_text("Instruct: hello\nOutput:")) == "Instruct: hello\nOutput:"
     with pytest.raises(InvalidRequest, match="`messages` is given, and this model answers no chats"):
         ours.encode_chat([{"role": "user", "content": "hello"}])
-
-
-@pytest.mark.parametrize("normalizer", [{"type": "Lowercase"}, {"type": "NFKC"}])
-def test_a_tokenizer_that_changes_text_is_refused(normalizer):
-    changed = json.loads(KINDS["Phi-2"].tokenizer().to_str()) | {"normalizer": normalizer}
-    with pytest.raises(WeightsError, match=f"normalizer {normalizer['type']}"):
-        Tokens(json.dumps(changed), {"chat_template": PHI2})

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from texts import CONTROL, conversation, text_of
 from tokenizers import Tokenizer
 
-from phi3_mlflow.runtime import vocabulary
 from phi3_mlflow.runtime.errors import InvalidRequest, WeightsError
 from phi3_mlflow.runtime.layouts import ROLES
 from phi3_mlflow.runtime.tokens import Tokens
@@ -350,23 +349,18 @@ def test_a_tokenizer_that_makes_no_sense_is_refused_with_its_folder(tmp_path, co
         Tokens.from_folder(tmp_path)
 
 
-@pytest.mark.parametrize("wrong", [-1, 2**20, 2**31])
-def test_ids_that_would_take_all_memory_or_are_none_are_refused(wrong):
-    for place in ("added", "vocab"):
-        other = json.loads(tokenizer_json())
-        if place == "added":
-            other["added_tokens"][0]["id"] = wrong
-        else:
-            other["model"]["vocab"]["zz"] = wrong
-        with pytest.raises(WeightsError, match=rf"ids from .*(-1|{wrong}).*: they must be from 0 to 1048575"):
-            vocabulary._pieces(other, {})
+def test_a_tokenizer_that_makes_its_library_panic_is_refused(tmp_path):
+    changed = json.loads(tokenizer_json())
+    changed["model"]["continuing_subword_prefix"] = "longer than any token"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(changed))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config()))
+    with pytest.raises(WeightsError, match=r"the tokenizer in .* cannot be read: PanicException\('range end index"):
+        Tokens.from_folder(tmp_path)
 
 
-def test_tokenizers_of_another_kind_are_refused():
-    other = json.loads(tokenizer_json())
-    other["decoder"]["decoders"] = [step for step in other["decoder"]["decoders"] if step["type"] != "ByteFallback"]
-    with pytest.raises(WeightsError, match="neither a BPE tokenizer with byte fallback"):
-        Tokens(json.dumps(other), config())
+def test_a_first_token_that_is_not_there_is_refused():
+    with pytest.raises(WeightsError, match="add_bos_token true and bos_token '<begin>', which"):
+        Tokens(tokenizer_json(), config(add_bos_token=True, bos_token="<begin>"))
 
 
 def random_ids(rng, ours, names):

@@ -21,7 +21,7 @@ import phi3_mlflow
 from phi3_mlflow import runtime
 from phi3_mlflow.bars import bar
 from phi3_mlflow.copying import linked, move, put
-from phi3_mlflow.runtime import settings
+from phi3_mlflow.runtime import settings, trust
 from phi3_mlflow.runtime.chat import TASKS, Task
 from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error, WeightsError, shorten
 from phi3_mlflow.runtime.options import NAMES
@@ -146,6 +146,7 @@ def check_tokenizer(folder: Path, template: bool, chat_template: str | None) -> 
     Raises:
         WeightsError: it is not, or cannot; it says why and what to do.
     """
+    trust.check_tokenizer(folder)
     tokens = Tokens.from_folder(folder, template=False, chat_template=chat_template)
     remedy = "or take prompts as they are: the task llm/v1/completions or flat with `template=False` (--raw)"
     if template and tokens.problem:

@@ -293,7 +293,7 @@ def _without_control_tokens(tokenizer_json: str, vocab_size: int) -> tuple[str, 
     model["vocab"] = pieces | {_unspellable(token): token for token in range(size) if token not in used}
     if model.get("unk_token") in added:
         model["unk_token"] = _unspellable(added[model["unk_token"]])
-    tokenizer |= {"added_tokens": [], "post_processor": None}
+    tokenizer |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
     return json.dumps(tokenizer), sorted(used)
 
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from . import vocabulary
 from .calls import Form
-from .errors import InvalidRequest, WeightsError
+from .errors import InvalidRequest, WeightsError, shorten
 from .layouts import Layouts, Place
 from .templates import ChatTemplate, token_text
 from .tools import Function
@@ -35,7 +35,7 @@ class Tokens:
     """One tokenizer with its chat template.
 
     Args:
-        tokenizer_json: the text of `tokenizer.json`, of a kind that `vocabulary` knows.
+        tokenizer_json: the text of `tokenizer.json`, which `trust.check_tokenizer` lets pass.
         config: `tokenizer_config.json`, parsed.
         chat_template: the Jinja template, where it is not in `config`.
         template: whether there has to be one that can be used. Otherwise chats are refused where there is none.
@@ -48,7 +48,7 @@ class Tokens:
         named: the texts of those control tokens that `config` gives a part, by its names for them.
 
     Raises:
-        WeightsError: the tokenizer is of another kind, or its chat template cannot be used.
+        WeightsError: its chat template cannot be used, or it begins with a token that it does not have.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Tokens:
         used = {token_text(token) for key, token in config.items() if key.endswith("_token") and token}
         shown = {t["id"]: self._names[t["id"]] for n, t in self._control.items() if not (t["special"] or n in used)}
         self._pieces = [shown.get(token, piece) for token, piece in enumerate(found.pieces)]
-        self._bos = _prefix_ids(tokenizer_json, config, self._control)
+        self._bos = _prefix_ids(parsed, config, self.control)
         self.chat_template = chat_template or config.get("chat_template")
         self.named = {name: token_text(config[name]) for name in _NAMED if config.get(name)}
         self._layouts: Layouts | None = None
@@ -106,9 +106,13 @@ class Tokens:
             return cls(tokenizer_json, config, chat_template, template=template)
         except WeightsError:
             raise
-        except Exception as error:  # the library tokenizers raises no more special ones
-            problem = str(error) if isinstance(error, OSError | ValueError) else repr(error)
-            raise WeightsError(f"the tokenizer in {folder} cannot be read: {problem}") from error
+        # The library tokenizers raises no more special ones, and one of pyo3 that is no Exception where it fails.
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            plain = isinstance(error, OSError | ValueError) or type(error) is Exception
+            problem = str(error) if plain else repr(error)
+            raise WeightsError(f"the tokenizer in {folder} cannot be read: {' '.join(problem.split())}") from error
 
     @property
     def marked(self) -> bool:
@@ -265,11 +269,15 @@ def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def _prefix_ids(tokenizer_json: str, config: Mapping[str, Any], added: Mapping[str, Any]) -> list[int]:
+def _prefix_ids(parsed: Mapping[str, Any], config: Mapping[str, Any], control: Mapping[str, int]) -> list[int]:
     """What the tokenizer puts before plain text. `add_bos_token` wins over the post-processor, as in transformers."""
-    if (add := config.get("add_bos_token")) is not None:
-        return [added[token_text(config["bos_token"])]["id"]] if add else []
-    whole = Tokenizer.from_str(tokenizer_json)
-    bare = whole.encode("a", add_special_tokens=False).ids
-    full = whole.encode("a").ids
-    return full[: next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)]
+    add = config.get("add_bos_token")
+    if add is None:
+        return vocabulary.prefix(parsed)
+    name = token_text(config.get("bos_token")) if add else ""
+    if add and name not in control:
+        raise WeightsError(
+            f"tokenizer_config.json has add_bos_token true and bos_token {shorten(name)}, which tokenizer.json does "
+            "not have as an added token: copy or download both again"
+        )
+    return [control[name]] if add else []

@@ -12,12 +12,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from .errors import WeightsError
-
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 # What the Unicode normal form C makes of a text is at most so many times shorter in UTF-8 (Hangul, three to one).
 _COMPOSED = 3
-_MOST_IDS = 2**20  # one place in memory for each
 
 
 @dataclass(frozen=True)
@@ -42,21 +39,21 @@ class Vocabulary:
 
 
 def read(parsed: Mapping[str, Any]) -> Vocabulary:
-    """The vocabulary of a parsed `tokenizer.json`.
+    """The vocabulary of a parsed `tokenizer.json`, which `trust.check_tokenizer` lets pass."""
+    decoder = parsed["decoder"]
+    steps = {step["type"]: step for step in decoder.get("decoders", [decoder])}
+    return _sentencepiece(parsed, steps) if "ByteFallback" in steps else _byte_level(parsed)
 
-    Raises:
-        WeightsError: the tokenizer is of another kind.
-    """
-    if parsed["model"]["type"] == "BPE":
-        decoder = parsed.get("decoder") or {}
-        steps = {step["type"]: step for step in decoder.get("decoders", [decoder])}
-        if "ByteFallback" in steps:
-            return _sentencepiece(parsed, steps)
-        if set(steps) == {"ByteLevel"}:
-            return _byte_level(parsed)
-    raise WeightsError(
-        "tokenizer.json is neither a BPE tokenizer with byte fallback, as Phi-3's is, nor a byte-level one, as Phi-2's"
-    )
+
+def prefix(parsed: Mapping[str, Any]) -> list[int]:
+    """The ids that the post-processor of a `tokenizer.json` puts before plain text."""
+    processor = parsed.get("post_processor") or {}
+    ids = []
+    for step in processor.get("processors", [processor]):
+        pieces = step.get("single", ()) if step else ()
+        for name in (piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece):
+            ids += step["special_tokens"][name]["ids"]
+    return ids
 
 
 def _sentencepiece(parsed: Mapping[str, Any], steps: Mapping[str, Mapping[str, Any]]) -> Vocabulary:
@@ -76,16 +73,13 @@ def _sentencepiece(parsed: Mapping[str, Any], steps: Mapping[str, Mapping[str, A
 
 
 def _byte_level(parsed: Mapping[str, Any]) -> Vocabulary:
-    normalizer = parsed.get("normalizer")
-    if normalizer is not None and normalizer["type"] != "NFC":
-        raise WeightsError(f"tokenizer.json has the normalizer {normalizer['type']}, which changes what users write")
     # Runs of spaces and tabs that came later than the vocabulary (Phi-2's) are text: they say nothing to the model
     # that the same text in other tokens would not.
     text = [token for token in parsed["added_tokens"] if token["content"].isspace()]
     control = {token["content"]: token for token in parsed["added_tokens"] if token not in text}
     names = {**parsed["model"]["vocab"], **{token["content"]: token["id"] for token in text}}
     pieces = _pieces(parsed, {name: _spelled(name) for name in names}, text)
-    longest = max(map(len, pieces)) * (_COMPOSED if normalizer else 1)
+    longest = max(map(len, pieces)) * (_COMPOSED if parsed.get("normalizer") else 1)
     plain = _plain(parsed, text)
     return Vocabulary(pieces, control, 0, longest, plain, plain)
 
@@ -104,12 +98,7 @@ def _pieces(
 ) -> list[bytes]:
     vocab = {**parsed["model"]["vocab"], **{token["content"]: token["id"] for token in text}}
     control = {token["id"] for token in parsed["added_tokens"] if token not in text}
-    ids = [*vocab.values(), *control]
-    if not 0 <= min(ids) <= max(ids) < _MOST_IDS:
-        raise WeightsError(
-            f"tokenizer.json has ids from {min(ids)} to {max(ids)}: they must be from 0 to {_MOST_IDS - 1}"
-        )
-    pieces = [b""] * (max(ids) + 1)
+    pieces = [b""] * (1 + max([*vocab.values(), *control]))
     for name, token in vocab.items():
         if token not in control:
             pieces[token] = spelled[name]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import WeightsError, shorten
-from . import files, genai_config, onnx_graph
+from . import files, genai_config, onnx_graph, tokenizer_config, tokenizer_json
 from .models import MODELS
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "TRANSFORMERS_PARTS",
     "check",
     "check_flat_transformers",
+    "check_tokenizer",
     "check_transformers",
     "onnx_files",
     "read_onnx",
@@ -27,14 +28,10 @@ __all__ = [
 TRANSFORMERS_PARTS = ("model", "components")
 
 _MiB = files.MiB
-# The files beside the weights that are read, with the size at which that ends. Phi-3's tokenizer.json has 3.6 MB.
+# The files beside the weights that are read, with the size at which that ends.
 _JSON = {
     "config.json": _MiB,
     "generation_config.json": _MiB,
-    "tokenizer.json": 64 * _MiB,
-    "tokenizer_config.json": 4 * _MiB,
-    "special_tokens_map.json": _MiB,
-    "added_tokens.json": 4 * _MiB,
 }
 _TEMPLATE = ("chat_template.jinja", _MiB)
 # The weights of a transformers model: one file, or the index of several.
@@ -74,7 +71,7 @@ def onnx_files(folder: Path) -> list[Path]:
     graph = onnx_graph.check(path)
     genai_config.check_fits(folder, config, graph)
     files.needed(folder / "tokenizer.json")
-    _check_texts(folder)
+    _check_texts(folder, genai_config.rows(config, graph))
     return [folder / genai_config.NAME, path, *graph.files, folder / "tokenizer.json"]
 
 
@@ -114,7 +111,7 @@ def _check_named(folder: Path, read: Collection[Path], names: Collection[str]) -
 
 def _beside(folder: Path) -> list[Path]:
     """What there is of the files that are read where they are there."""
-    names = (*_JSON, _TEMPLATE[0], "tokenizer.model")
+    names = (*_JSON, tokenizer_json.NAME, *tokenizer_config.FILES, _TEMPLATE[0], "tokenizer.model")
     return [files.needed(folder / name) for name in names if (folder / name).exists()]
 
 
@@ -159,9 +156,33 @@ def transformers_files(folder: Path, tokenizer: Path) -> list[Path]:
         )
     weights = [files.needed(path) for path in _safetensors(folder)]
     for place in dict.fromkeys((folder, tokenizer)):
-        _check_texts(place)
+        _check_texts(place, config.get("vocab_size"))
     needed = [tokenizer / "tokenizer.json", tokenizer / "tokenizer_config.json"]
     return [folder / "config.json", *weights, *map(files.needed, needed)]
+
+
+def check_tokenizer(folder: Path, rows: int | None = None) -> None:
+    """Checks the files of a tokenizer, where there is one.
+
+    Args:
+        folder: may hold them.
+        rows: how many tokens the model has; None where that is not known.
+
+    Raises:
+        WeightsError: one has a key or a value that is not on the allow-list, they contradict each other, or the
+            tokenizer has ids that the model does not have.
+    """
+    path = folder / tokenizer_json.NAME
+    if not path.exists():
+        return
+    added, size = tokenizer_json.check(folder)
+    tokenizer_config.check(folder, added)
+    # Some engines read beyond their memory for such an id.
+    if rows is not None and size > rows:
+        raise WeightsError(
+            f"{path} has ids up to {size - 1}, and the model has {rows} tokens: copy or download both again, or call "
+            "resize_token_embeddings before the model is saved"
+        )
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
@@ -176,6 +197,8 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         raise WeightsError(f"{path} has model_type {shorten(model_type)}: it must be one of {known}")
     if architectures and MODELS[model_type] not in architectures:
         raise WeightsError(f"{path} has architectures {shorten(architectures)}: not {MODELS[model_type]}")
+    if type(config.get("vocab_size", 0)) is not int:
+        raise WeightsError(f"{path} has vocab_size {shorten(config['vocab_size'])}: it must be a number of tokens")
     if "transformers_weights" in config:
         raise WeightsError(
             f"{path} has transformers_weights, which names other weights, pickled ones too: remove the key"
@@ -210,11 +233,15 @@ def _safetensors(folder: Path) -> list[Path]:
     return [single]
 
 
-def _check_texts(folder: Path) -> None:
-    """Checks the configurations and templates that are there. What a template does is checked where it is rendered."""
+def _check_texts(folder: Path, rows: int | None) -> None:
+    """Checks the configurations and templates that are there; `rows` as for `check_tokenizer`.
+
+    What a template does is checked where it is rendered.
+    """
     for name in _JSON:
         if (folder / name).exists():
             _json(folder / name)
+    check_tokenizer(folder, rows)
     name, limit = _TEMPLATE
     if (folder / name).exists():
         files.text(folder / name, limit)

@@ -6,95 +6,58 @@ table is refused, whatever it is. The table has what the model builder of onnxru
 """
 
 import itertools
-import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import WeightsError, shorten
-from . import files
+from . import files, rules
 from .models import MODELS
 from .onnx_graph import Graph
 
 NAME = "genai_config.json"
 
 
-@dataclass(frozen=True)
-class _Rule:
-    words: str
-    fits: Callable[[Any], bool]
-
-
-@dataclass(frozen=True)
-class _List:
-    item: Any
-    most: int
-
-
-def _integer(least: int, most: int) -> _Rule:
-    return _Rule(f"an integer from {least} to {most}", lambda value: type(value) is int and least <= value <= most)
-
-
-def _number(least: float, most: float) -> _Rule:
-    def fits(value: Any) -> bool:
-        return type(value) in (int, float) and math.isfinite(value) and least <= value <= most
-
-    return _Rule(f"a number from {least} to {most}", fits)
-
-
-def _one_of(*choices: str) -> _Rule:
-    return _Rule(" or ".join(map(repr, choices)), lambda value: isinstance(value, str) and value in choices)
-
-
-def _text(most: int) -> _Rule:
-    def fits(value: Any) -> bool:
-        return isinstance(value, str) and 0 < len(value) <= most and value.isascii() and value.isprintable()
-
-    return _Rule(f"1 to {most} printable ASCII characters", fits)
-
-
 def _is_digits(text: str) -> bool:
     return re.fullmatch("[0-9]{1,3}", text) is not None
 
 
-_FLAG = _Rule("true or false", lambda value: type(value) is bool)
-_SWITCH = _one_of("0", "1")
-_DIGITS = _Rule("1 to 3 digits as text", lambda value: isinstance(value, str) and _is_digits(value))
-_TOKEN = _integer(-1, 2**31 - 1)
+_SWITCH = rules.one_of("0", "1")
+_DIGITS = rules.Rule("1 to 3 digits as text", lambda value: isinstance(value, str) and _is_digits(value))
+_TOKEN = rules.integer(-1, 2**31 - 1)
 # The name of an input or output of the graph.
-_VALUE = _Rule(
+_VALUE = rules.Rule(
     "a name of 1 to 60 letters, digits and _ . / -",
     lambda value: isinstance(value, str) and re.fullmatch(r"[\w./-]{1,60}", value, re.ASCII) is not None,
 )
 # onnxruntime-genai hands these to snprintf with a buffer of 64 bytes: of everything that printf knows, %d alone.
-_LAYERS = _Rule(
+_LAYERS = rules.Rule(
     "a name of at most 50 letters, digits and _ . / - with one %d for the layer",
     lambda value: (
         isinstance(value, str) and len(value) <= 50 and re.fullmatch(r"[\w./-]*%d[\w./-]*", value, re.ASCII) is not None
     ),
 )
-_COUNT = _integer(1, 65536)
+_COUNT = rules.integer(1, 65536)
 
 # Everything that may be there, at its place. Nothing in it can name a library, and one key alone names a file.
 _ALLOWED: Mapping[str, Any] = {
     "model": {
-        "type": _one_of(*MODELS),
-        "context_length": _integer(1, 2**20),
-        "vocab_size": _integer(1, 2**20),
+        "type": rules.one_of(*MODELS),
+        "context_length": rules.integer(1, 2**20),
+        "vocab_size": rules.integer(1, 2**20),
         "bos_token_id": _TOKEN,
-        "eos_token_id": (_TOKEN, _List(_TOKEN, 64)),  # one, or a list of them
+        "eos_token_id": rules.Either((_TOKEN, rules.List(_TOKEN, 64))),  # one, or a list of them
         "pad_token_id": _TOKEN,
         # The begins and ends of tool calls and of reasoning, which the builder looks up in Qwen's vocabulary.
         **dict.fromkeys(("bot_token_id", "eot_token_id", "bor_token_id", "eor_token_id"), _TOKEN),
         "decoder": {
-            "filename": _text(200),  # of a file beside it, see `read`
-            "head_size": _integer(1, 4096),
+            "filename": rules.text(200),  # of a file beside it, see `read`
+            "head_size": rules.integer(1, 4096),
             "hidden_size": _COUNT,
-            "num_attention_heads": _integer(1, 1024),
-            "num_key_value_heads": _integer(1, 1024),
-            "num_hidden_layers": _integer(1, 1024),
+            "num_attention_heads": rules.integer(1, 1024),
+            "num_key_value_heads": rules.integer(1, 1024),
+            "num_hidden_layers": rules.integer(1, 1024),
             "inputs": {
                 "input_ids": _VALUE,
                 "attention_mask": _VALUE,
@@ -108,31 +71,31 @@ _ALLOWED: Mapping[str, Any] = {
                 "present_value_names": _LAYERS,
             },
             "sliding_window": {
-                "window_size": _integer(1, 2**20),
-                "pad_value": _integer(-(2**31), 2**31 - 1),
-                "alignment": _one_of("left", "right"),
-                "slide_key_value_cache": _FLAG,
-                "slide_inputs": _FLAG,
-                "layers": _List(_integer(0, 1023), 1024),
-                "cache_slack": _integer(0, 2**20),
+                "window_size": rules.integer(1, 2**20),
+                "pad_value": rules.integer(-(2**31), 2**31 - 1),
+                "alignment": rules.one_of("left", "right"),
+                "slide_key_value_cache": rules.FLAG,
+                "slide_inputs": rules.FLAG,
+                "layers": rules.List(rules.integer(0, 1023), 1024),
+                "cache_slack": rules.integer(0, 2**20),
             },
             "session_options": {
-                "log_id": _text(100),
-                "log_severity_level": _integer(0, 4),
-                "log_verbosity_level": _integer(0, 4),
-                "intra_op_num_threads": _integer(0, 1024),
-                "inter_op_num_threads": _integer(0, 1024),
-                "enable_cpu_mem_arena": _FLAG,
-                "enable_mem_pattern": _FLAG,
-                "graph_optimization_level": _one_of(
+                "log_id": rules.text(100),
+                "log_severity_level": rules.integer(0, 4),
+                "log_verbosity_level": rules.integer(0, 4),
+                "intra_op_num_threads": rules.integer(0, 1024),
+                "inter_op_num_threads": rules.integer(0, 1024),
+                "enable_cpu_mem_arena": rules.FLAG,
+                "enable_mem_pattern": rules.FLAG,
+                "graph_optimization_level": rules.one_of(
                     "ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL"
                 ),
                 "session.intra_op.allow_spinning": _SWITCH,
                 "session.inter_op.allow_spinning": _SWITCH,
                 "session.use_device_allocator_for_initializers": _SWITCH,
-                "optimization.disable_specified_optimizers": _one_of("MatMulNBitsFusion"),
+                "optimization.disable_specified_optimizers": rules.one_of("MatMulNBitsFusion"),
                 "ep.cuda.fpa_intb_gemm": _SWITCH,
-                "provider_options": _List(
+                "provider_options": rules.List(
                     {
                         "cpu": {},
                         "cuda": {"enable_cuda_graph": _SWITCH, "device_id": _DIGITS},
@@ -144,26 +107,31 @@ _ALLOWED: Mapping[str, Any] = {
         },
     },
     "search": {
-        "batch_size": _integer(1, 1024),
-        "chunk_size": _integer(1, 2**20),
-        "diversity_penalty": _number(-100, 100),
-        "do_sample": _FLAG,
-        "early_stopping": _FLAG,
-        "length_penalty": _number(-100, 100),
-        "max_length": _integer(0, 2**20),
-        "min_length": _integer(0, 2**20),
-        "no_repeat_ngram_size": _integer(0, 2**20),
-        "num_beams": _integer(1, 64),
-        "num_return_sequences": _integer(1, 64),
-        "past_present_share_buffer": _FLAG,
-        "random_seed": _integer(-1, 2**31 - 1),
-        "repetition_penalty": _number(0, 100),
-        "temperature": _number(0, 100),
-        "top_k": _integer(0, 2**20),
-        "top_p": _number(0, 1),
+        "batch_size": rules.integer(1, 1024),
+        "chunk_size": rules.integer(1, 2**20),
+        "diversity_penalty": rules.number(-100, 100),
+        "do_sample": rules.FLAG,
+        "early_stopping": rules.FLAG,
+        "length_penalty": rules.number(-100, 100),
+        "max_length": rules.integer(0, 2**20),
+        "min_length": rules.integer(0, 2**20),
+        "no_repeat_ngram_size": rules.integer(0, 2**20),
+        "num_beams": rules.integer(1, 64),
+        "num_return_sequences": rules.integer(1, 64),
+        "past_present_share_buffer": rules.FLAG,
+        "random_seed": rules.integer(-1, 2**31 - 1),
+        "repetition_penalty": rules.number(0, 100),
+        "temperature": rules.number(0, 100),
+        "top_k": rules.integer(0, 2**20),
+        "top_p": rules.number(0, 1),
     },
 }
 
+# Said of every key that is not in the table.
+_WHY = (
+    "which no model here needs and which may name code to run: do not use this copy, or remove the key if you know "
+    "where it comes from"
+)
 _REQUIRED = ("model.type", "model.decoder.filename", "model.context_length", "model.eos_token_id")
 
 
@@ -182,13 +150,8 @@ def read(folder: Path) -> dict[str, Any]:
     """
     path = folder / NAME
     content = files.plain(path, files.json_object(path))
-    _check(path, content, _ALLOWED, "")
-    for key in _REQUIRED:
-        section: Any = content
-        for name in key.split("."):
-            section = section.get(name, {})
-        if section == {}:
-            raise WeightsError(f"{path} has no {key}: copy or download it again")
+    rules.check(path, content, _ALLOWED, _WHY)
+    rules.require(path, content, _REQUIRED)
     filename = content["model"]["decoder"]["filename"]
     files.beside(path, filename)
     # Any other ending can mean another format to onnxruntime, which this checks nothing of.
@@ -243,29 +206,13 @@ def check_fits(folder: Path, config: Mapping[str, Any], graph: Graph) -> None:
             refuse("model.eos_token_id", ends, f"{logits[-1]} logits")
 
 
+def rows(config: Mapping[str, Any], graph: Graph) -> int | None:
+    """How many tokens a model has, by what `read` gave and its graph; None where neither says so."""
+    logits = graph.shapes.get(config["model"]["decoder"].get("outputs", {}).get("logits", "logits"), ())
+    known: int | None = logits[-1] if logits else None
+    return config["model"].get("vocab_size") if known is None else known
+
+
 def _count(pattern: str, names: Collection[str]) -> int:
     """How many layers have a name."""
     return next(layer for layer in itertools.count() if pattern % layer not in names)
-
-
-def _check(path: Path, value: Any, allowed: Any, where: str) -> None:
-    if isinstance(allowed, Mapping):
-        if not isinstance(value, dict):
-            raise WeightsError(f"{path} has {where} {shorten(value)}: it must be an object")
-        for name, inner in value.items():
-            here = files.join(where, name)
-            if name not in allowed:
-                raise WeightsError(
-                    f"{path} has the key {here}, which no model here needs and which may name code to run: do not "
-                    "use this copy, or remove the key if you know where it comes from"
-                )
-            _check(path, inner, allowed[name], here)
-    elif isinstance(allowed, _List):
-        if not isinstance(value, list) or len(value) > allowed.most:
-            raise WeightsError(f"{path} has {where} {shorten(value)}: it must be a list of at most {allowed.most}")
-        for index, item in enumerate(value):
-            _check(path, item, allowed.item, f"{where}[{index}]")
-    elif isinstance(allowed, Sequence):
-        _check(path, value, allowed[isinstance(value, list)], where)
-    elif not allowed.fits(value):
-        raise WeightsError(f"{path} has {where} {shorten(value)}: it must be {allowed.words}")
