@@ -71,6 +71,8 @@ def test_the_numbers_are_those_of_both_models_and_their_run_is_linked_with_them(
     result = compare(*versions[:2], "--questions", seven, "--json")
 
     assert result.exit_code == 0, result.output
+    for noise in ("Evaluation completed", "Evaluating", "View evaluation", "\x1b", "\r", "%|"):
+        assert noise not in result.output
     found = json.loads(result.stdout)
     reference, other = found["models"]
     assert (reference["model"], other["loaded"], found["questions"]) == (f"{NAME}/1", versions[1], 7)

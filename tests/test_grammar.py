@@ -394,6 +394,19 @@ def test_threads_share_one_set_of_grammars():
     assert failures == []
 
 
+def shared(levels):
+    """A schema in which one object stands in two places, in which another one does, and so on."""
+    schema = {"type": "string"}
+    for _ in range(levels):
+        schema = {"anyOf": [schema, schema]}
+    return schema
+
+
+# A schema that is in itself.
+ROUND = {"type": "array"}
+ROUND["items"] = {"anyOf": [ROUND, ROUND]}
+
+
 def nested(depth):
     schema = {}
     for _ in range(depth):
@@ -438,7 +451,11 @@ REFUSED_SCHEMAS = [
     ({"const": float("nan")}, "", "is not JSON"),
     ({"const": "\ud800"}, "", "surrogate"),
     (nested(64), "", "levels deep"),
-    (nested(5000), "", "is not JSON"),
+    (nested(5000), "", "levels deep"),
+    (shared(24), "", "has [0-9]{9} characters"),
+    (shared(60), "", "has [0-9]{20} characters"),
+    (shared(400), "", "levels deep"),
+    (ROUND, "", "levels deep"),
     ({"enum": ["x" * 1_000_000]}, "", "at most 1000000"),
     ({"type": "string", "maxLenght": 3}, "#/maxLenght", "not supported.*maxLength"),
     ({"$schema": "http://json-schema.org/draft-03/schema#"}, "#/$schema", "draft-07"),

@@ -85,6 +85,22 @@ def test_a_key_that_has_no_place_in_model_config_is_refused_by_name(builder, con
     assert "\n" not in str(refused.value)
 
 
+def test_an_object_that_stands_in_many_places_is_refused_at_once(saved):
+    """Written out, it would have 2 ** 30 copies of the innermost."""
+    schema = {"type": "string"}
+    for _ in range(30):
+        schema = {"anyOf": [schema, schema]}
+    model = mlflow.pyfunc.load_model(str(saved["onnx"]))
+    response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+    with pytest.raises(mlflow.MlflowException, match=r"schema` has [0-9]{11} characters; at most 1000000 are allowed"):
+        model.predict(SPAIN, params={"response_format": response_format})
+    with pytest.raises(mlflow.MlflowException, match=r"`custom_inputs\.other` is not known"):
+        model.predict(SPAIN | {"custom_inputs": {"other": schema}})
+    with pytest.raises(mlflow.MlflowException, match=r"`logit_bias\[5\]` is \{'anyOf': \[.*; it must be"):
+        model.predict(SPAIN | {"custom_inputs": {"logit_bias": {"5": schema}}})
+
+
 def test_the_package_says_that_it_is_typed():
     assert files("phi3_mlflow").joinpath("py.typed").is_file()
 

@@ -1,5 +1,6 @@
 """A comparison from its models and questions to its MLflow run: everything in order, and the alias last."""
 
+import io
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -140,7 +141,7 @@ def _measure(
 ) -> tuple[list[list[Answer]], list[list[Agreement] | None]]:
     """Each model's answers, and how they agree with the first model's; None for itself."""
     total = len(questions) * (2 * len(subjects) - 1)
-    with tqdm(total=total, desc="compare", unit=" answers", delay=2, mininterval=1, leave=False) as bar:
+    with tqdm(total=total, desc="compare", unit=" answers", delay=2, mininterval=1, leave=False, disable=None) as bar:
         answers = ask(subjects, questions, bar.update)
         agreements: list[list[Agreement] | None] = [None]
         for subject, given in zip(subjects[1:], answers[1:], strict=True):
@@ -269,7 +270,7 @@ def _evaluate(
             {"inputs": dict(question.inputs), "outputs": answer.text, "expectations": dict(question.expectations)}
             for question, answer in zip(questions, answers, strict=True)
         ]
-        with _few_workers():
+        with _few_workers(), _quietly():
             evaluated = mlflow.genai.evaluate(data=data, scorers=list(scorers), model_id=subject.model_id)
     # MLflow only warns where it could not keep something.
     for name, each in found["scores"].items():
@@ -293,3 +294,16 @@ def _few_workers() -> Iterator[None]:
     finally:
         for variable, value in zip(variables, before, strict=True):
             variable.unset() if value is None else variable.set(value)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without MLflow's bar, and without what it prints about its run, which is below the one that is told of."""
+    from mlflow.genai.evaluation import harness
+
+    bar, harness.tqdm = harness.tqdm, None
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        harness.tqdm = bar

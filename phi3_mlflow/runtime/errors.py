@@ -1,6 +1,7 @@
 """The errors a user sees. Every message says what was wrong, with the value, and what to do next."""
 
 import copyreg
+from collections.abc import Iterator
 from typing import Any
 
 _MAX_FIELD = 200  # characters
@@ -57,9 +58,33 @@ class FormatError(Phi3Error):
 
 
 def shorten(value: object, limit: int = 60) -> str:
-    """The value as an error message shows it: its repr, cut to `limit` characters."""
+    """The value as an error message shows it: its repr, cut to `limit` characters. Takes no longer for a large one."""
+    text = ""
     try:
-        text = repr(value[: limit + 1]) if isinstance(value, str) else repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits, lists within lists without an end
-        text = f"a value of type {type(value).__name__} that cannot be shown"
-    return text if len(text) <= limit else text[:limit] + "..."
+        for piece in _repr(value, limit):
+            text += piece
+            if len(text) > limit:
+                return text[:limit] + "..."
+    except ValueError:  # an integer of thousands of digits
+        return f"a value of type {type(value).__name__} that cannot be shown"
+    return text
+
+
+def _repr(value: object, limit: int) -> Iterator[str]:
+    """The pieces of a value's repr; what comes behind the limit may differ."""
+    if type(value) is dict:
+        yield "{"
+        for index, (key, item) in enumerate(value.items()):
+            yield ", " if index else ""
+            yield from _repr(key, limit)
+            yield ": "
+            yield from _repr(item, limit)
+        yield "}"
+    elif type(value) is list:
+        yield "["
+        for index, item in enumerate(value):
+            yield ", " if index else ""
+            yield from _repr(item, limit)
+        yield "]"
+    else:
+        yield repr(value[: limit + 1] if isinstance(value, str | bytes) else value)

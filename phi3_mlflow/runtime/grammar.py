@@ -15,7 +15,7 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from .errors import InvalidRequest, shorten
-from .schemas import enforceable
+from .schemas import check_size, enforceable
 from .tools import Offer
 
 if TYPE_CHECKING:  # a name of llguidance's stub file, absent from the module
@@ -122,6 +122,7 @@ class Grammars:
         if not isinstance(description, str):
             raise InvalidRequest(f"{outer}.description", f"must be a text; it is {shorten(description)}")
         field = f"{outer}.schema"
+        check_size(given["schema"], field)
         schema, patterns = enforceable(_plain(given["schema"], field), field)
         try:
             return self._json(schema, field)

@@ -352,14 +352,23 @@ def _is_missing(value: Any) -> bool:
     return value is None or (pd.api.types.is_scalar(value) and bool(pd.isna(value)))
 
 
-def _plain(value: Any) -> Any:
-    """Numpy's containers and numbers as Python's own."""
-    if isinstance(value, np.ndarray):
-        return [_plain(item) for item in value.tolist()]
+def _plain(value: Any, seen: dict[int, tuple[Any, Any]] | None = None) -> Any:
+    """Numpy's containers and numbers as Python's own. What stands in several places is one object there too.
+
+    Args:
+        value: of a request.
+        seen: the containers so far, and what became of them, by their ids.
+    """
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+    if not isinstance(value, (np.ndarray, Mapping, list, tuple)):
+        return value
+    seen = {} if seen is None else seen
+    if id(value) not in seen:
+        found: Any = {} if isinstance(value, Mapping) else []
+        seen[id(value)] = value, found
+        if isinstance(value, Mapping):
+            found.update((key, _plain(item, seen)) for key, item in value.items())
+        else:
+            found.extend(_plain(item, seen) for item in (value.tolist() if isinstance(value, np.ndarray) else value))
+    return seen[id(value)][1]

@@ -33,36 +33,56 @@ def enforceable(schema: Any, field: str) -> tuple[dict[str, Any], dict[str, str]
     Definitions that no reference reaches say nothing and are left out.
 
     Args:
-        schema: a JSON Schema (drafts 4 to 2020-12), as plain JSON values.
+        schema: a JSON Schema (drafts 4 to 2020-12), as plain JSON values that `check_size` lets pass.
         field: the request's field it came in; errors name `field` and a JSON pointer, `field#/properties/a`.
 
     Returns:
         The rewritten schema, and its patterns by the pointer where they stood.
 
     Raises:
-        InvalidRequest: a keyword or value that cannot be enforced, a schema that is too large, too deep or too
-            costly, or one that no finite answer can meet because it requires itself.
+        InvalidRequest: a keyword or value that cannot be enforced, a schema that is too costly, or one that no finite
+            answer can meet because it requires itself.
     """
     if not isinstance(schema, dict):
         raise InvalidRequest(field, f"must be a JSON Schema object; it is {shorten(schema)}")
-    check_size(schema, field)
     reader = _Reader(schema, field)
     root = reader.node("#")
     return Rewriter(reader.node, field).document(root), reader.patterns
 
 
 def check_size(value: Any, field: str) -> None:
-    """Raise InvalidRequest for JSON that is nested deeper than MAX_DEPTH schemas or longer than MAX_CHARACTERS."""
-    level, depth = [value], 0
-    while level:
-        depth += 1
-        # Each level of a schema takes two of JSON: "properties" and the property.
-        if depth > 2 * MAX_DEPTH:
+    """Raise InvalidRequest for JSON that is nested deeper than MAX_DEPTH schemas or longer than MAX_CHARACTERS.
+
+    A part that stands in many places is counted there, and looked at once. What is no JSON counts as one character.
+    """
+    sizes: dict[int, tuple[int, int]] = {}  # characters and levels, by the ids of objects and lists
+
+    def measure(part: Any, level: int) -> tuple[int, int]:
+        if not isinstance(part, dict | list | tuple):
+            return _length(part), 0
+        if id(part) not in sizes:
+            # Each level of a schema takes two of JSON: "properties" and the property.
+            if level > 2 * MAX_DEPTH:
+                raise InvalidRequest(field, f"is nested more than {2 * MAX_DEPTH} levels deep; make it flatter")
+            inner = [measure(each, level + 1) for each in (part.values() if isinstance(part, dict) else part)]
+            names = sum(_length(str(name)) + 2 for name in part) if isinstance(part, dict) else 0
+            length = 2 + names + sum(size for size, _ in inner) + 2 * max(0, len(inner) - 1)
+            sizes[id(part)] = length, 1 + max((levels for _, levels in inner), default=0)
+        if level + sizes[id(part)][1] > 2 * MAX_DEPTH + 1:
             raise InvalidRequest(field, f"is nested more than {2 * MAX_DEPTH} levels deep; make it flatter")
-        level = [child for item in level for child in _children(item)]
-    size = len(json.dumps(value, ensure_ascii=False))
+        return sizes[id(part)]
+
+    size, _ = measure(value, 1)
     if size > MAX_CHARACTERS:
         raise InvalidRequest(field, f"has {size} characters; at most {MAX_CHARACTERS} are allowed")
+
+
+def _length(value: Any) -> int:
+    """The characters of a text, number, boolean or null in JSON."""
+    try:
+        return len(json.dumps(value, ensure_ascii=False))
+    except (TypeError, ValueError):
+        return 1
 
 
 def _children(value: Any) -> Iterator[Any]:

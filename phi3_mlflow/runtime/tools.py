@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import InvalidRequest, shorten
+from .schemas import check_size
 
 FIELDS = ("tools", "tool_choice", "parallel_tool_calls")
 MAX_TOOLS = 64
@@ -118,6 +119,7 @@ def _function(tool: Any, field: str) -> Function:
     parameters = function.get("parameters", {})
     if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
         raise InvalidRequest(f"{field}.parameters", f"is {shorten(parameters)}; it must be the schema of an object")
+    check_size(parameters, f"{field}.parameters")
     return Function(name, description, {"type": "object", "properties": {}, **parameters})
 
 
