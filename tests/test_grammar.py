@@ -453,7 +453,7 @@ REFUSED_SCHEMAS = [
     (nested(64), "", "levels deep"),
     (nested(5000), "", "levels deep"),
     (shared(24), "", "has [0-9]{9} characters"),
-    (shared(60), "", "has [0-9]{20} characters"),
+    (shared(30), "", "has [0-9]{11} characters"),
     (shared(400), "", "levels deep"),
     (ROUND, "", "levels deep"),
     ({"enum": ["x" * 1_000_000]}, "", "at most 1000000"),
