@@ -35,7 +35,12 @@ ODD = {
     "bytes": (b"\xff\xfe\xfd", "is no YAML"),
     "a control character": ("a: \x01", "is no YAML"),
     "a date that is none": ("a: 2020-99-99\n", "is no YAML"),
-    "a depth": ("[" * 5000, "is no YAML"),
+    "a depth": ("[" * 8000, "has lists and mappings more than 32 deep"),  # it took 11 s
+    "a depth of mappings": ("{a: " * 8000, "has lists and mappings more than 32 deep"),
+    "a depth of lines": ("- " * 8000, "has lists and mappings more than 32 deep"),
+    "a length": ("[" + "1," * 500_000 + "]", "has more than 20000 values"),
+    "a number of base 60": ("a: 1" + ":1" * 400_000, "has a number of more than 100 characters"),
+    "a number of base 60 with a tag": ("a: !!int '1" + ":1" * 400_000 + "'", "has a number of more than 100"),
     "a list as a key": ("? [a]\n: b\n", "is no YAML"),
     "a number without digits": ("a: !!int ''\n", "is no YAML"),
     "a truth that is none": ("a: !!bool x\n", "is no YAML"),

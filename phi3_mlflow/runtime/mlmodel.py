@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 NAME = "MLmodel"
 _MOST_BYTES = 2**20  # of a file that has some 10 KB
+_MOST_DEPTH, _MOST_EVENTS, _MOST_DIGITS = 32, 20_000, 100  # it has some 5, 200 and 20
 # Sections and values that are read here or by MLflow, with their types; all of them may be missing.
 _KINDS: Mapping[tuple[str, ...], str] = {
     ("flavors",): "a mapping",
@@ -62,9 +63,8 @@ def read(folder: Path) -> dict[str, Any]:
     if len(content) > _MOST_BYTES:
         raise FormatError(f"{path} has more than {_MOST_BYTES} bytes: do not use this copy")
     try:
-        # An alias can make a small file a value without end; MLflow writes none.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, yaml.SafeLoader)):
-            raise FormatError(f"{path} has YAML aliases (*), which no logged model has: do not use this copy")
+        if strange := _strange(content):
+            raise FormatError(f"{path} has {strange}, which no logged model has: do not use this copy")
         data = yaml.safe_load(content)
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # odd tags, too
         problem = " ".join(str(error).split())[:200]
@@ -98,6 +98,29 @@ def load(folder: Path) -> "Model":
         raise FormatError(
             f"{folder / NAME} is not as MLflow writes it ({problem}): copy the model again, or log it again"
         ) from error
+
+
+def _strange(content: bytes) -> str | None:
+    """What would make a small file a value without end or take the parser for ever; it stops there."""
+    import yaml
+
+    depth = 0
+    for count, event in enumerate(yaml.parse(content, yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            return "YAML aliases (*)"
+        if depth > _MOST_DEPTH:
+            return f"lists and mappings more than {_MOST_DEPTH} deep"
+        if count > _MOST_EVENTS:
+            return f"more than {_MOST_EVENTS} values"
+        # YAML has numbers of base 60, which take the square of their length.
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > _MOST_DIGITS and _may_be_number(event):
+            return f"a number of more than {_MOST_DIGITS} characters"
+    return None
+
+
+def _may_be_number(event: Any) -> bool:
+    return bool(event.tag) or (event.implicit[0] and event.value[0] in "+-.0123456789")
 
 
 def _is_columns(text: Any) -> bool:
