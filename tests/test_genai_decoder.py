@@ -1,10 +1,13 @@
 """The one sequence of onnxruntime-genai. Run with: python -m pytest tests/test_genai_decoder.py"""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from phi3_mlflow.runtime import trust
 from phi3_mlflow.runtime.decoders.base import Part
 from phi3_mlflow.runtime.decoders.genai import GenaiDecoder
 from phi3_mlflow.runtime.service import Service
@@ -30,6 +33,19 @@ def test_a_reserved_sequence_takes_so_many_tokens(decoder, length):
     assert not decoder.reserve(0, length)
     found = logits(decoder, ids)
     assert np.array_equal(found, logits(GenaiDecoder(FOLDER, threads=1), ids))
+
+
+@pytest.mark.parametrize(
+    "search", [{"num_beams": 64}, {"num_return_sequences": 2}, {"batch_size": 9}, {"max_length": 0}]
+)
+def test_settings_of_the_runtimes_own_search_change_nothing(decoder, tmp_path, search):
+    folder = shutil.copytree(FOLDER, tmp_path / "weights")
+    config = json.loads((folder / "genai_config.json").read_text())
+    config["search"] |= search
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    trust.check(folder)
+    ids = np.random.default_rng(0).integers(3, 2000, 40).tolist()
+    assert np.array_equal(logits(GenaiDecoder(folder, threads=1), ids), logits(decoder, ids))
 
 
 def test_room_is_taken_as_it_is_needed_and_never_beyond_the_context(decoder):

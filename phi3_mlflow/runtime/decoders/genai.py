@@ -104,7 +104,14 @@ class GenaiDecoder(Decoder):
     def _append(self, ids: Sequence[int]) -> None:
         if self._generator is None:
             params = og.GeneratorParams(self._model)
-            params.set_search_options(max_length=self._room or self.context_length, batch_size=1, do_sample=False)
+            params.set_search_options(
+                max_length=self._room or self.context_length,
+                # Whatever genai_config.json has for its own search: here it is one row, and chosen elsewhere.
+                batch_size=1,
+                num_beams=1,
+                num_return_sequences=1,
+                do_sample=False,
+            )
             self._generator = og.Generator(self._model, params)
         start = time.perf_counter()
         self._generator.append_tokens(np.asarray([ids], dtype=np.int32))

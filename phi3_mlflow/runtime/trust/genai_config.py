@@ -44,7 +44,7 @@ _COUNT = rules.integer(1, 65536)
 _ALLOWED: Mapping[str, Any] = {
     "model": {
         "type": rules.one_of(*MODELS),
-        "context_length": rules.integer(1, 2**20),
+        "context_length": rules.integer(16, 2**20),
         "vocab_size": rules.integer(1, 2**20),
         "bos_token_id": _TOKEN,
         "eos_token_id": rules.Either((_TOKEN, rules.List(_TOKEN, 64))),  # one, or a list of them
@@ -132,7 +132,11 @@ _WHY = (
     "which no model here needs and which may name code to run: do not use this copy, or remove the key if you know "
     "where it comes from"
 )
-_REQUIRED = ("model.type", "model.decoder.filename", "model.context_length", "model.eos_token_id")
+# Without one of these onnxruntime-genai loads the model and fails at every request.
+_REQUIRED = tuple(
+    f"model.{name}"
+    for name in ("type", "decoder.filename", "decoder.head_size", "context_length", "vocab_size", "eos_token_id")
+)
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -173,7 +177,6 @@ def check_fits(folder: Path, config: Mapping[str, Any], graph: Graph) -> None:
     """
     model = config["model"]
     decoder = model["decoder"]
-    shapes = graph.shapes
 
     def refuse(key: str, value: object, has: str) -> None:
         raise WeightsError(
@@ -181,36 +184,53 @@ def check_fits(folder: Path, config: Mapping[str, Any], graph: Graph) -> None:
             "both again"
         )
 
-    for section in ("inputs", "outputs"):
-        for key, name in decoder.get(section, {}).items():
-            if name.replace("%d", "0") not in shapes:
-                refuse(f"model.decoder.{section}.{key}", name, "no such name")
     # Where the file has no names, these are onnxruntime-genai's own.
     keys = decoder.get("inputs", {}).get("past_key_names", "past_key_values.%d.key")
-    logits = shapes.get(decoder.get("outputs", {}).get("logits", "logits"), ())
-    cache = shapes.get(keys % 0, ())
+    logits = graph.outputs.get(decoder.get("outputs", {}).get("logits", "logits"), ())
+    cache = graph.inputs.get(keys % 0, ())
+    layers = _count(keys, graph.inputs)
+    for section, names in (("inputs", graph.inputs), ("outputs", graph.outputs)):
+        taken: set[str] = set()
+        for key, pattern in decoder.get(section, {}).items():
+            for name in [pattern % layer for layer in range(max(layers, 1))] if "%d" in pattern else [pattern]:
+                if name not in names:
+                    refuse(f"model.decoder.{section}.{key}", pattern, "no such name")
+                if name in taken:
+                    refuse(f"model.decoder.{section}.{key}", pattern, f"one {name}, which another key names")
+                taken.add(name)
     for key, value, has in (
-        ("num_hidden_layers", decoder.get("num_hidden_layers"), _count(keys, shapes)),
+        ("num_hidden_layers", decoder.get("num_hidden_layers"), layers),
         ("num_key_value_heads", decoder.get("num_key_value_heads"), cache[1] if len(cache) == 4 else None),
-        ("head_size", decoder.get("head_size"), graph.head_size),
+        ("head_size", decoder["head_size"], graph.head_size),
     ):
         if None not in (value, has) and value != has:
             refuse(f"model.decoder.{key}", value, str(has))
     if graph.positions is not None and model["context_length"] > graph.positions:
         refuse("model.context_length", model["context_length"], f"{graph.positions} positions")
     if logits and logits[-1] is not None:
-        if model.get("vocab_size", logits[-1]) != logits[-1]:
+        if model["vocab_size"] != logits[-1]:
             refuse("model.vocab_size", model["vocab_size"], f"{logits[-1]} logits")
         ends = model["eos_token_id"]
-        if not any(0 <= end < logits[-1] for end in (ends if isinstance(ends, list) else [ends])):
+        listed = ends if isinstance(ends, list) else [ends]
+        if not listed or not all(0 <= end < logits[-1] for end in listed):
             refuse("model.eos_token_id", ends, f"{logits[-1]} logits")
+    if "sliding_window" in decoder:
+        windowed = [layer for layer, window in enumerate(graph.windows) if window]
+        if not windowed:
+            refuse("model.decoder.sliding_window", shorten(decoder["sliding_window"]), "no layer that keeps a window")
+        # Anything else onnxruntime-genai takes for caches of another kind, and answers nothing.
+        fitting: dict[str, object] = {"window_size": graph.windows[windowed[0]], "layers": windowed}
+        for key, wanted in {**fitting, "slide_key_value_cache": False, "slide_inputs": False}.items():
+            if (found := decoder["sliding_window"].get(key)) != wanted:
+                refuse(f"model.decoder.sliding_window.{key}", shorten(found), str(wanted))
 
 
-def rows(config: Mapping[str, Any], graph: Graph) -> int | None:
-    """How many tokens a model has, by what `read` gave and its graph; None where neither says so."""
-    logits = graph.shapes.get(config["model"]["decoder"].get("outputs", {}).get("logits", "logits"), ())
+def rows(config: Mapping[str, Any], graph: Graph) -> int:
+    """How many tokens a model has, by its graph or else by what `read` gave."""
+    logits = graph.outputs.get(config["model"]["decoder"].get("outputs", {}).get("logits", "logits"), ())
     known: int | None = logits[-1] if logits else None
-    return config["model"].get("vocab_size") if known is None else known
+    size: int = config["model"]["vocab_size"]
+    return size if known is None else known
 
 
 def _count(pattern: str, names: Collection[str]) -> int:
