@@ -3,10 +3,11 @@
 It loads no model and runs nothing of it.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -64,12 +65,15 @@ def run(
         place = model.place
         if not (place.listed / manifest.NAME).is_file() and not model.weights:
             raise Phi3Error(f"{uri} was not logged by phi3_mlflow: it has no {manifest.NAME} of its weights")
-        return [
+        checks = [
             *_files(model.folder, place, progress=progress),
             _checked("MLmodel", lambda: manifest.check_stated(place.listed), "states the digest of these weights"),
             _checked("contents", lambda: place.check(place.find()), "the weights hold nothing that could run code"),
             _signature(model, signature or model.folder / manifest.SIGNATURE, public_key, certificates),
         ]
+        # A registered model is read from wherever the store has it, or from a folder that is gone afterwards.
+        folder = os.path.abspath(model.folder)
+        return [replace(check, detail=check.detail.replace(folder, uri.rstrip("/"))) for check in checks]
 
 
 def table(checks: Sequence[Check]) -> str:

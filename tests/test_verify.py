@@ -81,6 +81,22 @@ class TestFiles:
             assert reason in found
         assert json.loads(verify(model, "--json").stdout)["ok"] is False
 
+    @pytest.mark.parametrize("given", ["a relative path", "a URI"])
+    def test_files_are_told_where_the_user_said_the_model_is(self, model, given, monkeypatch):
+        monkeypatch.chdir(model.parent)
+        uri = model.name if given == "a relative path" else model.as_uri()
+        content = yaml.safe_load((model / "MLmodel").read_text())
+        del content["metadata"]["weights"]["sha256"]
+        (model / "MLmodel").write_text(yaml.safe_dump(content))
+        (weights(model) / "config.json").write_text("{}")
+        (weights(model) / "genai_config.json").unlink(missing_ok=True)
+        checks = {check["name"]: check["detail"] for check in json.loads(verify(uri, "--json").stdout)["checks"]}
+        assert checks["MLmodel"].startswith(f"{uri}/MLmodel has no metadata.weights.sha256")
+        place = f"{uri}/{weights(model).relative_to(model).as_posix()}"
+        assert checks[f"{weights(model).relative_to(model).as_posix()}/config.json"].startswith(f"{place}/config.json")
+        assert checks["contents"].startswith(f"{place}/")
+        assert checks["signature"] == f"there is no signature ({uri}/model.sig)"
+
     def test_such_a_model_is_not_loaded_either(self, model):
         (weights(model) / "more.json").write_text("{}")
         with pytest.raises(WeightsError, match=r"more\.json is not listed in manifest\.json"):
