@@ -291,7 +291,19 @@ def test_a_malformed_entry_is_refused(folder, entry):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "/etc/passwd", "../secret", "sub/../../secret", "..\\secret", "C:\\secret", "C:secret", "\\\\host\\x"]
+    "name",
+    [
+        "",
+        "/etc/passwd",
+        "../secret",
+        "sub/../../secret",
+        "..\\secret",
+        "C:\\secret",
+        "C:secret",
+        "\\\\host\\x",
+        "a\0",
+        "\ud800",
+    ],
 )
 def test_a_path_that_leaves_the_folder_is_refused(folder, name):
     rewrite(folder, {"algorithm": "sha256", "files": {name: {"size": 0, "sha256": "0" * 64}}})

@@ -313,6 +313,25 @@ def test_a_template_may_repeat_a_little():
     assert tokens(chat_template="{{ '-' * 3 }}" + CHAT_TEMPLATE)
 
 
+@pytest.mark.parametrize("token", [7, {"text": "a\nb"}, {"content": [["a"]]}, [["a"]]])
+def test_a_token_that_is_none_is_told_in_one_short_line(tmp_path, token):
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": token, "chat_template": CHAT_TEMPLATE}))
+    with pytest.raises(WeightsError, match=r"tokenizer_config\.json has the token") as caught:
+        Tokens.from_folder(tmp_path)
+    assert len(str(caught.value)) < 300
+    assert "\n" not in str(caught.value)
+
+
+def test_a_token_that_no_vocabulary_has_is_told_in_one_short_line(tmp_path):
+    config = {"bos_token": "x" * 10_000, "add_bos_token": True, "chat_template": CHAT_TEMPLATE}
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json(post_processor=False))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=r"tokenizer in .* cannot be read") as caught:
+        Tokens.from_folder(tmp_path)
+    assert len(str(caught.value)) < 600
+
+
 def test_a_tokenizer_is_read_from_a_folder_and_a_template_file_wins(tmp_path):
     with pytest.raises(WeightsError, match=r"tokenizer in .* cannot be read"):
         Tokens.from_folder(tmp_path)

@@ -180,14 +180,17 @@ class TestFiles:
             (b"[" * 100_000, "is not JSON"),
             (b'{"a": ' + b"9" * 5000 + b"}", "is not JSON"),
             (b'{"a": NaN}', "is not JSON"),
+            (b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}", "has values more than 64 deep"),
+            (b'{"a": ' * 900 + b"1" + b"}" * 900, "has values more than 64 deep"),
             (b"\xef\xbb\xbf{}", "is not JSON"),
             ("{}".encode("utf-16"), "is not UTF-8"),
             (b"[]", "is not a JSON object"),
         ],
     )
-    def test_what_is_no_plain_json_object_is_refused(self, onnx, content, reason):
-        (onnx / "genai_config.json").write_bytes(content)
-        with pytest.raises(WeightsError, match=rf"genai_config\.json {reason}"):
+    @pytest.mark.parametrize("name", ["genai_config.json", "tokenizer_config.json", "config.json"])
+    def test_what_is_no_plain_json_object_is_refused(self, onnx, name, content, reason):
+        (onnx / name).write_bytes(content)
+        with pytest.raises(WeightsError, match=rf"{re.escape(name)} {reason}"):
             trust.check(onnx)
 
 

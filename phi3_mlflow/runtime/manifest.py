@@ -268,9 +268,18 @@ def _is_endless(found: os.stat_result) -> bool:
     return not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode))
 
 
+def _may_exist(name: str) -> bool:
+    """Whether a file system can be asked for a file of that name."""
+    try:
+        return bool(name) and b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:  # half of a character
+        return False
+
+
 def _check_entry(path: Path, name: str, entry: object) -> None:
     windows = PureWindowsPath(name)
-    if not name or PurePosixPath(name).is_absolute() or windows.drive or windows.root or ".." in windows.parts:
+    leaves = PurePosixPath(name).is_absolute() or windows.drive or windows.root or ".." in windows.parts
+    if leaves or not _may_exist(name):
         raise WeightsError(f"{path} lists {shorten(name)}, which is not a path inside the folder: do not use this copy")
     well_formed = (
         isinstance(entry, dict)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import jinja2
 
-from .errors import WeightsError
+from .errors import WeightsError, shorten
 from .sandbox import Sandbox
 
 # What one rendering may cost: for the template itself, and for each message. Qwen3's takes about 500 a message.
@@ -91,5 +91,12 @@ class ChatTemplate:
 
 
 def token_text(token: Any) -> str:
-    """The text of a token, which may be an object with more about it."""
-    return token["content"] if isinstance(token, Mapping) else str(token)
+    """The text of a token, which may be an object with more about it.
+
+    Raises:
+        WeightsError: it has none.
+    """
+    text = token.get("content") if isinstance(token, Mapping) else token
+    if not isinstance(text, str):
+        raise WeightsError(f"tokenizer_config.json has the token {shorten(token)}: copy or download it again")
+    return text

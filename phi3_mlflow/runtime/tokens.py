@@ -71,7 +71,8 @@ class Tokens:
                 self._control[name] = {**self._control[name], **listed}
         self._names = {token["id"]: name.encode() for name, token in self._control.items()}
         # An answer shows the others, such as `<think>`. As in transformers, a token with a use of its own is not shown.
-        used = {token_text(token) for key, token in config.items() if key.endswith("_token") and token}
+        listed_tokens = (token for key, token in config.items() if key.endswith("_token") and token)
+        used = {token_text(token) for token in listed_tokens if not isinstance(token, bool)}
         shown = {t["id"]: self._names[t["id"]] for n, t in self._control.items() if not (t["special"] or n in used)}
         self._pieces = [shown.get(token, piece) for token, piece in enumerate(found.pieces)]
         self._bos = _prefix_ids(parsed, config, self.control)
@@ -112,7 +113,7 @@ class Tokens:
                 raise
             plain = isinstance(error, OSError | ValueError) or type(error) is Exception
             problem = str(error) if plain else repr(error)
-            raise WeightsError(f"the tokenizer in {folder} cannot be read: {' '.join(problem.split())}") from error
+            raise WeightsError(f"the tokenizer in {folder} cannot be read: {' '.join(problem.split())[:300]}") from error
 
     @property
     def marked(self) -> bool:

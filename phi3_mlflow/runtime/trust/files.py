@@ -37,6 +37,7 @@ _PICKLE = re.compile(rb"\x80[\x02-\x05][\x8a\x95\x8c\x8d\x8e(\]})cXKMJGBCN\x88\x
 # Opcodes that call what was named before, in the protocols that have no header (Lib/pickletools.py).
 _CALLS = frozenset({"INST", "OBJ", "REDUCE", "BUILD"})
 _START = 4096  # bytes of a file that are looked at
+_MOST_DEPTH = 64  # of JSON
 _GIT_LFS = b"version https://git-lfs"
 
 
@@ -128,9 +129,10 @@ def plain(path: Path, pairs: Pairs) -> dict[str, Any]:
     """The object as a dict, at every depth.
 
     Raises:
-        WeightsError: a name comes twice in one object, and two readers could take either; the message has its path.
+        WeightsError: a name comes twice in one object, and two readers could take either; the message has its path. Or
+            it nests deeper than any file of weights, and a reader could fail at it.
     """
-    plain: dict[str, Any] = _plain_value(path, pairs, "")
+    plain: dict[str, Any] = _plain_value(path, pairs, "", 0)
     return plain
 
 
@@ -152,7 +154,9 @@ def join(where: str, name: str) -> str:
     return f"{where}.{shown}" if where else shown
 
 
-def _plain_value(path: Path, value: Any, where: str) -> Any:
+def _plain_value(path: Path, value: Any, where: str, depth: int) -> Any:
+    if depth > _MOST_DEPTH:
+        raise WeightsError(f"{path} has values more than {_MOST_DEPTH} deep: do not use this copy")
     if isinstance(value, Pairs):
         found = dict(value)
         if len(found) < len(value):
@@ -161,8 +165,8 @@ def _plain_value(path: Path, value: Any, where: str) -> Any:
             raise WeightsError(f"{path} has the key {join(where, twice)} twice: do not use this copy")
         # Of a vocabulary's hundred thousands nothing is looked at singly.
         inner = ((name, each) for name, each in value if isinstance(each, list))
-        return found | {name: _plain_value(path, each, join(where, name)) for name, each in inner}
-    return [_plain_value(path, each, where) if isinstance(each, list) else each for each in value]
+        return found | {name: _plain_value(path, each, join(where, name), depth + 1) for name, each in inner}
+    return [_plain_value(path, each, where, depth + 1) if isinstance(each, list) else each for each in value]
 
 
 def _refuse_constant(name: str) -> None:
