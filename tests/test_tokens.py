@@ -251,6 +251,7 @@ ENDLESS = {
     "doubling with ~": "{% set s = 'ab' %}" + "{% set s = s ~ s %}" * 40,
     "doubling with +": "{% set s = 'ab' %}" + "{% set s = s + s %}" * 40,
     "doubling a list": "{% set s = [1] %}" + "{% set s = s + s %}" * 40,
+    "doubling what is in a list": "{% set s = [1] %}" + "{% set s = [s, s] %}" * 60 + "{{ s }}",
     "doubling a block": "{% set s = 'ab' %}" + "{% set s %}{{ s }}{{ s }}{% endset %}" * 40,
     "doubling in a namespace": "{% set n = namespace(s='ab') %}{% for a in range(60) %}{% set n.s = n.s ~ n.s %}"
     "{% endfor %}{{ n.s }}",

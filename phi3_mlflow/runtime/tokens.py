@@ -112,8 +112,8 @@ class Tokens:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             plain = isinstance(error, OSError | ValueError) or type(error) is Exception
-            problem = str(error) if plain else repr(error)
-            raise WeightsError(f"the tokenizer in {folder} cannot be read: {' '.join(problem.split())[:300]}") from error
+            problem = " ".join((str(error) if plain else repr(error)).split())[:300]
+            raise WeightsError(f"the tokenizer in {folder} cannot be read: {problem}") from error
 
     @property
     def marked(self) -> bool:
