@@ -14,6 +14,7 @@ import yaml
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from phi3_mlflow.quantize import evidence
 from phi3_mlflow.runtime import snapshots
 from phi3_mlflow.runtime.decoders import onnx_file
 from phi3_mlflow.runtime.errors import WeightsError
@@ -27,6 +28,7 @@ NAMES = (
     "builder",
     "task",
     "quantization",
+    *evidence.PARAMS,
     "context_tokens",
     *(f"weights_{name}" for name in _ORIGIN),
     "weights_held",
@@ -67,12 +69,24 @@ def facts(folder: Path, held: Path | None = None) -> dict[str, str]:
         "builder": place.form,
         "task": metadata["task"],
         "quantization": quantization,
+        **(evidence.params(rounded) if (rounded := measured(folder, held)) else {}),
         "context_tokens": str(context),
         **origin,
         **({"weights_held": "by reference"} if place.reference else {}),
         "toolkit": metadata["toolkit"],
         **{f"version {name}": pinned[name] for name in _RUNTIMES if name in pinned},
     }
+
+
+def measured(folder: Path, held: Path | None = None) -> evidence.Evidence | None:
+    """How the weights of a written model were quantized, where `phi3-mlflow quantize` did it; see `facts`.
+
+    Raises:
+        WeightsError: the file that says it is not one.
+    """
+    logged = yaml.safe_load((folder / "MLmodel").read_text("utf-8"))
+    place = snapshots.place(held or folder, logged["flavors"], logged["metadata"])
+    return evidence.read(place.configuration(place.find())) if place.form == "onnx" else None
 
 
 def tags(found: Mapping[str, str]) -> dict[str, str]:
@@ -96,6 +110,7 @@ def card(found: Mapping[str, str], size: int) -> str:
             "",
             f"- answers `{found['task']}` requests, {found['builder']} builder",
             f"- context of {int(found['context_tokens']):,} tokens, {size / 2**20:,.1f} MiB{held}",
+            *([f"- quantized by {checked}"] if (checked := _quantized(found)) else []),
             f"- licence of the weights: {found['weights_license']}",
             f"- manifest's sha256: `{found['weights_sha256']}`; `phi3-mlflow verify` checks the files against it",
             f"- logged with {', '.join(versions)}",
@@ -103,6 +118,11 @@ def card(found: Mapping[str, str], size: int) -> str:
             _MEASURED,
         ]
     )
+
+
+def _quantized(found: Mapping[str, str]) -> str:
+    parts = [found[name] for name in evidence.PARAMS if name in found]
+    return "; ".join(parts)
 
 
 def note(model_id: str, numbers: str) -> list[ModelVersion]:

@@ -15,6 +15,7 @@ import phi3_mlflow
 from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 # Verbs that have a package of their own, with a module `cli` in it.
@@ -151,29 +152,64 @@ def verify(
 
 
 @cli.command()
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source")
 @click.argument("destination", type=click.Path(path_type=Path))
+@click.option("--adapter", type=_FOLDER, metavar="FOLDER", help="A LoRA adapter to merge into the weights first.")
 @click.option("--precision", type=click.Choice(["int4", "fp32"]), default="int4", show_default=True)
-@click.option("--block-size", type=int, default=32, show_default=True, help="Weights that share a scale.")
+@click.option(
+    "--method",
+    type=click.Choice(["rtn", "k_quant", "k_quant_mixed"]),
+    default="rtn",
+    show_default=True,
+    help="Round to nearest, or search each block's scale; mixed keeps the most sensitive matrices in 8 bits.",
+)
+@click.option("--block-size", type=int, default=32, show_default=True, help="Weights that share a scale, 16 to 256.")
 @click.option("--accuracy-level", type=int, default=4, show_default=True, help="4 is fast, 1 is exact.")
-def quantize(source: Path, destination: Path, precision: str, block_size: int, accuracy_level: int) -> None:
-    """Turn a Hugging Face folder into int4 ONNX.
+@click.option(
+    "--symmetric/--asymmetric", default=None, help="Blocks without or with a zero point.  [default: by method]"
+)
+@click.option("--output-bits", type=int, help="Bits of the output matrix, 4 or 8.  [default: by method]")
+@click.option("--check/--no-check", default=True, show_default=True, help="Compare the result with transformers.")
+@click.option("--text", type=_FILE, metavar="FILE", help="What both read for that.  [default: a text of the toolkit's]")
+@click.option("--max-perplexity-rise", type=float, metavar="PERCENT", help="Exit with 1 where the check finds more.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of the table.")
+@click.pass_context
+def quantize(
+    context: click.Context,
+    source: str,
+    destination: Path,
+    check: bool,
+    text: Path | None,
+    max_perplexity_rise: float | None,
+    as_json: bool,
+    **choices: Any,
+) -> None:
+    """Turn a transformers model into int4 ONNX, and measure what that costs.
+
+    SOURCE is a folder, a Hugging Face id, or the URI of a logged transformers model.
 
     \b
-    Example:
+    Examples:
       phi3-mlflow quantize ./Phi-3-mini-4k-instruct ./phi3-int4
+      phi3-mlflow quantize models:/tuned@champion ./tuned-int4 --method k_quant --max-perplexity-rise 5
     """
-    from phi3_mlflow.quantize import export
+    if not check and (text or max_perplexity_rise is not None):
+        raise click.UsageError("--text and --max-perplexity-rise belong to the check: leave --no-check out")
+    from phi3_mlflow.quantize import Check, evidence, export, steps
+    from phi3_mlflow.quantize.check import TEXT
 
-    folder = export(
-        source,
-        destination,
-        precision=precision,  # type: ignore[arg-type]
-        block_size=block_size,
-        accuracy_level=accuracy_level,
-        report=lambda line: click.echo(line, err=True),
-    )
-    click.echo(folder)
+    asked = Check(text or TEXT, max_perplexity_rise) if check else None
+    with steps.bar(disable=as_json) as report:
+        folder = export(source, destination, check=asked, report=report, **choices)
+    found = evidence.read(folder)
+    assert found is not None
+    if as_json:
+        click.echo(json.dumps({"folder": str(folder), **found.to_dict()}, indent=2))
+    else:
+        if found.check:
+            click.echo(evidence.table(found) + "\n")
+        click.echo(folder)
+    context.exit(0 if found.check is None or found.check.passed else 1)
 
 
 @cli.group()

@@ -41,6 +41,7 @@ _ONNX_FILES = (
     "genai_config.json",
     "config.json",
     "generation_config.json",
+    "quantization.json",
     "tokenizer*.json",
     "special_tokens_map.json",
     "added_tokens.json",

@@ -107,7 +107,16 @@ def test_an_interrupted_export_leaves_nothing(source: Path, tmp_path: Path) -> N
 
 def test_damaged_weights_are_named_and_leave_nothing(source: Path, tmp_path: Path) -> None:
     (source / "model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(WeightsError, match="source with exit code 1: "):
+    with pytest.raises(WeightsError, match=r"model\.safetensors cannot be read: "):
+        export(source, tmp_path / "onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_what_the_builder_says_last_is_told_and_nothing_is_left(source: Path, tmp_path: Path) -> None:
+    edit(source / "config.json", intermediate_size=100)
+    with pytest.raises(
+        WeightsError, match=r"the model builder on local folder source failed with exit code 1: .*Error"
+    ):
         export(source, tmp_path / "onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

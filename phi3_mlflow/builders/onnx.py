@@ -11,6 +11,7 @@ from mlflow.models import Model
 from mlflow.models.model import ModelInfo
 
 from phi3_mlflow import runtime
+from phi3_mlflow.quantize import evidence
 from phi3_mlflow.runtime import manifest, trust
 from phi3_mlflow.runtime.chat import Task
 from phi3_mlflow.runtime.decoders.base import context_within
@@ -200,6 +201,7 @@ def plan(
     config = common.full_config(task, source.name, model_config, template)
 
     def prepare(found: Weights) -> Write:
+        evidence.read(found.folder)  # refused before anything is written
         context_within(config["context_length"], genai_config.read(found.folder)["model"]["context_length"])
         if config["kv_budget"] is not None:
             from phi3_mlflow.runtime.decoders.batched import CannotBatch, check_budget

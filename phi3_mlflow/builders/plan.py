@@ -3,6 +3,7 @@
 Knows the order of the steps; what a builder writes is in its own module, where it goes in `destination`.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -12,11 +13,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import mlflow
+from mlflow.entities import Metric
 from mlflow.entities.model_registry import PromptVersion
 from mlflow.models import Model
 from mlflow.models.model import ModelInfo
 
 from phi3_mlflow import cards
+from phi3_mlflow.quantize import evidence
 from phi3_mlflow.runtime.errors import shorten
 from phi3_mlflow.weights import Source, Weights
 
@@ -147,6 +150,7 @@ def log(plan: Plan, entry: Entry) -> ModelInfo:
     write = plan.prepare(plan.source.fetch())
     made: list[Model] = []
     facts: dict[str, str] = {}
+    numbers: dict[str, float] = {}
     client = mlflow.MlflowClient()
 
     def save_model(path: str, mlflow_model: Model, **_: Any) -> None:
@@ -157,6 +161,8 @@ def log(plan: Plan, entry: Entry) -> ModelInfo:
         room = Room(Path(path), store or Path(path), links=store is None)
         held = write(room, mlflow_model)
         facts.update(cards.facts(Path(path), held))
+        if found := cards.measured(Path(path), held):
+            numbers.update(evidence.metrics(found))
         hand_over(room)
         if store is None:
             upload.enter_context(uploads.shown(logged.artifact_location, room.folder))
@@ -183,6 +189,8 @@ def log(plan: Plan, entry: Entry) -> ModelInfo:
             model_config=dict(plan.model_config or {}),
             validate_serving_input=False,
         )
+    if numbers:
+        _log_metrics(client, str(info.model_id), destination.find_run(entry.run_id), numbers)
     if entry.registered_model_name is not None:
         name, version = entry.registered_model_name, str(info.registered_model_version)
         for key, text in cards.tags(facts).items():
@@ -191,6 +199,18 @@ def log(plan: Plan, entry: Entry) -> ModelInfo:
         if entry.alias is not None:
             client.set_registered_model_alias(name, entry.alias, version)
     return info
+
+
+def _log_metrics(client: mlflow.MlflowClient, model_id: str, run_id: str | None, numbers: Mapping[str, float]) -> None:
+    """Links numbers with a logged model; MLflow keeps them in a run, which is made where there is none."""
+    now = int(time.time() * 1000)
+    metrics = [Metric(name, value, now, 0, model_id=model_id) for name, value in numbers.items()]
+    if run_id is not None:
+        client.log_batch(run_id, metrics)
+        return
+    run = client.create_run(client.get_logged_model(model_id).experiment_id, run_name="quantization check")
+    client.log_batch(run.info.run_id, metrics)
+    client.set_terminated(run.info.run_id)
 
 
 # Arguments of MLflow's own log_model functions that mean nothing here, and what to use in their place.

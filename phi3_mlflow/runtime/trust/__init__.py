@@ -32,6 +32,7 @@ _MiB = files.MiB
 _JSON = {
     "config.json": _MiB,
     "generation_config.json": _MiB,
+    "quantization.json": _MiB,
 }
 _TEMPLATE = ("chat_template.jinja", _MiB)
 # The weights of a transformers model: one file, or the index of several.

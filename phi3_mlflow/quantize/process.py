@@ -1,0 +1,48 @@
+"""A long step in a process of its own, whose memory is given back when it ends and which ends with this one."""
+
+import os
+import subprocess
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from phi3_mlflow.runtime.errors import WeightsError
+
+_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def run(command: Sequence[str], what: str, report: Callable[[str], None] | None = None) -> None:
+    """Runs a command to its end.
+
+    Args:
+        command: program and arguments.
+        what: names the step in an error.
+        report: called with each line that it prints.
+
+    Raises:
+        WeightsError: it failed; the message has the last line that it printed.
+    """
+    last: deque[str] = deque(maxlen=1)
+    with subprocess.Popen(
+        command,
+        env={**os.environ, **_ENVIRONMENT},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                if line.strip():
+                    last.append(line.strip())
+                    if report:
+                        report(line.rstrip())
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode == -9:
+        raise WeightsError(f"{what} was killed, as the system does when memory runs out: close other programs")
+    if process.returncode != 0:
+        reason = last[0] if last else "it printed nothing"
+        raise WeightsError(f"{what} failed with exit code {process.returncode}: {reason}")

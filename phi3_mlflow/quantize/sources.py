@@ -1,0 +1,118 @@
+"""Where the weights to quantize come from: a folder, a hub id or a logged model, with a LoRA adapter merged or not."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phi3_mlflow.runtime import manifest, trust
+from phi3_mlflow.runtime.errors import WeightsError, shorten
+from phi3_mlflow.runtime.trust import files
+from phi3_mlflow.weights import resolve
+
+from .process import run
+
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+# What of adapter_config.json decides what is added to which matrix (peft 0.21, peft/tuners/lora/config.py) ...
+_USED = (
+    "peft_type", "r", "lora_alpha", "target_modules", "exclude_modules", "fan_in_fan_out", "bias", "use_rslora",
+    "use_dora", "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "layer_replication", "lora_bias", "target_parameters", "trainable_token_indices", "ensure_weight_tying",
+)  # fmt: skip
+# ... and what is of no account once it is trained.
+_IDLE = (
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "init_lora_weights",
+    "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
+    "runtime_config", "task_type",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights in transformers' form.
+
+    Attributes:
+        folder: holds config.json, the safetensors and what says where they come from.
+        tokenizer: holds tokenizer.json and tokenizer_config.json; often the same folder.
+        name: the origin in words that hold on any machine.
+    """
+
+    folder: Path
+    tokenizer: Path
+    name: str
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a model's folder; raises WeightsError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path} is missing: give a folder with a Hugging Face Phi-3 in it") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise WeightsError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path} holds no JSON object: give a folder with a Hugging Face Phi-3 in it")
+    return value
+
+
+@contextmanager
+def opened(source: str | Path) -> Iterator[Source]:
+    """Finds weights; what had to be downloaded from an MLflow server is deleted when the block ends.
+
+    Args:
+        source: a folder, a Hugging Face id (at its pinned revision), or the URI of a logged transformers model.
+
+    Raises:
+        WeightsError: there are none, they are damaged, or the model is of another kind.
+    """
+    text = str(source)
+    if not text.startswith(("models:", "runs:")):
+        if Path(text).is_dir():
+            yield Source(Path(text), Path(text), f"local folder {Path(text).resolve().name}")
+        else:
+            found = resolve(source, "transformers")
+            yield Source(found.folder, found.folder, found.source)
+        return
+    from phi3_mlflow.serve.folders import fetch
+
+    logged = fetch(text)
+    try:
+        if not (logged.path / "model" / "config.json").is_file():
+            raise WeightsError(f"{text} is no transformers model: give one that `phi3-mlflow log transformers` logged")
+        if (logged.path / manifest.NAME).is_file():  # MLflow's own flavor has none
+            manifest.verify(logged.path, trust.TRANSFORMERS_PARTS, full=False)
+        yield Source(logged.path / "model", logged.path / "components" / "tokenizer", text)
+    finally:
+        logged.remove()
+
+
+def check_adapter(adapter: Path) -> dict[str, Any]:
+    """The part of an adapter's configuration that merging needs.
+
+    Raises:
+        WeightsError: it is no LoRA adapter in safetensors, or its configuration has what is not known here.
+    """
+    for name in _ADAPTER:
+        files.needed(adapter / name)
+    path = adapter / _ADAPTER[0]
+    config = files.plain(path, files.json_object(path))
+    if config.get("peft_type") != "LORA":
+        raise WeightsError(f"{path} has peft_type {shorten(config.get('peft_type'))}; only LORA can be merged")
+    for name, value in config.items():
+        if value and name not in (*_USED, *_IDLE):
+            raise WeightsError(f"{path} has {shorten(name)} with {shorten(value)}, which is not known here: merge it "
+                               "with PEFT's merge_and_unload, save the result and quantize that")  # fmt: skip
+    return {name: config[name] for name in _USED if name in config}
+
+
+def merge(source: Path, adapter: Path, destination: Path, what: str) -> None:
+    """Writes a model with an adapter added to its matrices, in the type that they have.
+
+    Raises:
+        WeightsError: the adapter does not fit the model.
+    """
+    command = [sys.executable, "-m", "phi3_mlflow.quantize.merge", str(source), str(adapter), str(destination)]
+    run(command, what)
