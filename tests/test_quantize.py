@@ -127,6 +127,12 @@ def test_another_model_is_refused(source: Path, tmp_path: Path) -> None:
         export(source, tmp_path / "onnx")
 
 
+def test_a_size_that_is_none_is_named(source: Path, tmp_path: Path) -> None:
+    edit(source / "config.json", hidden_size="192")
+    with pytest.raises(WeightsError, match=r"config\.json has hidden_size '192': it must be a whole number"):
+        export(source, tmp_path / "onnx")
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
 def test_a_missing_file_is_named(source: Path, tmp_path: Path, name: str) -> None:
     (source / name).unlink()

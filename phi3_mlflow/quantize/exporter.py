@@ -23,6 +23,15 @@ from .process import run
 from .sources import Source, check_adapter, merge, opened, read_json
 
 _PACKAGES = ("onnx", "onnx_ir", "torch", "transformers", "onnxruntime_genai")
+# Of config.json, the sizes that memory and blocks follow from.
+_NUMBERS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
 _COPIED = ("config.json", "generation_config.json", "tokenizer.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 
 
@@ -122,6 +131,11 @@ def _read_config(source: Source) -> dict[str, Any]:
             f"{source.folder / 'config.json'} has model_type {shorten(config.get('model_type'))}; only "
             f"{', '.join(trust.MODELS)} can be exported"
         )
+    for name in _NUMBERS:
+        if type(config.get(name)) is not int or config[name] < 1:
+            raise WeightsError(
+                f"{source.folder / 'config.json'} has {name} {shorten(config.get(name))}: it must be a whole number"
+            )
     if not any(source.folder.glob("*.safetensors")):
         raise WeightsError(f"{source.folder} holds no .safetensors file: download the weights completely")
     if not (source.tokenizer / "tokenizer.json").is_file():
