@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import mlflow
 from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
 from mlflow.exceptions import MlflowException
 
+from phi3_mlflow.room import room
 from phi3_mlflow.runtime.errors import Phi3Error
 
 _PATIENCE = 20  # seconds for an answer
@@ -24,6 +26,17 @@ def check() -> None:
     except MlflowException as error:
         reason = str(error).splitlines()[0]
         raise Phi3Error(f"the tracking store {mlflow.get_tracking_uri()} does not answer: {reason}") from error
+
+
+def create_database(path: Path) -> None:
+    """Makes the SQLite database of a local store in one step, where it is not there yet; its folder is.
+
+    MLflow makes table after table in place, and when it is killed cannot read what is left of that.
+    """
+    with room(path, wait=True) as place:
+        if not path.exists():
+            mlflow.MlflowClient(tracking_uri=f"sqlite:///{place / path.name}").search_experiments(max_results=1)
+            (place / path.name).replace(path)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from mlflow.utils.validation import (
 )
 from sqlalchemy.engine import make_url
 
+from phi3_mlflow.tracking import create_database
 from phi3_mlflow.weights import Source
 
 from .common import BuildError
@@ -229,16 +230,18 @@ def _means_full(error: BaseException | None) -> bool:
 
 
 def _check_database(path: Path) -> None:
-    """Takes the lock for writing of an SQLite file and gives it back; nothing is changed."""
+    """Takes the lock for writing of an SQLite file and gives it back; or makes the file where it is not there yet."""
     if not path.exists():
-        return _check_writable(path.parent)
+        _check_writable(path.parent)
+        if path.parent.is_dir():
+            create_database(path.absolute())
+        return
     uri = f"{path.absolute().as_uri()}?mode=rw"
     with closing(sqlite3.connect(uri, uri=True, timeout=_LOCK_SECONDS, isolation_level=None)) as database:
         database.execute("BEGIN IMMEDIATE")
         (version,) = database.execute("PRAGMA user_version").fetchone()
         database.execute(f"PRAGMA user_version = {version}")  # makes the journal, for which the folder has to be open
         database.execute("ROLLBACK")
-    return None
 
 
 def _check_writable(folder: Path) -> None:

@@ -7,12 +7,12 @@ import importlib.util
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from phi3_mlflow.room import room
 from phi3_mlflow.runtime import trust
 from phi3_mlflow.runtime.errors import Phi3Error, WeightsError, shorten
 
@@ -94,13 +94,12 @@ def export(
         tokens = max(map(len, passages.values()), default=0)
         memory.check(memory.needed(found.folder, config, choices, merged=adapter is not None, tokens=tokens))
         try:
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as room:
-                stand_in, built, finished = (Path(room, name) for name in ("source", "built", "finished"))
+            with room(destination) as place:
+                stand_in, built, finished = (place / name for name in ("source", "built", "finished"))
                 _stand_in(found, config, stand_in)
                 if adapter is not None and lora is not None:
-                    _merge(stand_in, Path(adapter), lora, Path(room), report)
-                _build(found, config, stand_in, built, Path(room, "cache"), choices, report)
+                    _merge(stand_in, Path(adapter), lora, place, report)
+                _build(found, config, stand_in, built, place / "cache", choices, report)
                 _collect(stand_in, found, built, finished, tokenizer_config)
                 written = evidence.Evidence(
                     choices.to_dict(), found.name, None if adapter is None else Path(adapter).name
@@ -172,12 +171,12 @@ def _stand_in(source: Source, config: dict[str, Any], folder: Path) -> None:
 
 
 def _merge(
-    stand_in: Path, adapter: Path, lora: dict[str, Any], room: Path, report: Callable[[str], None] | None
+    stand_in: Path, adapter: Path, lora: dict[str, Any], place: Path, report: Callable[[str], None] | None
 ) -> None:
     """Puts merged weights in the place of the linked ones."""
     if report:
         report("Merging the adapter")
-    clean, merged = room / "adapter", room / "merged"
+    clean, merged = place / "adapter", place / "merged"
     clean.mkdir()
     (clean / "adapter_config.json").write_text(json.dumps(lora), encoding="utf-8")
     (clean / "adapter_model.safetensors").symlink_to((adapter / "adapter_model.safetensors").resolve())

@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+from phi3_mlflow.quantize.process import follow
+
 
 def main(source: str, adapter: str, destination: str) -> None:
     """Merges, and saves in shards that can be let go one by one."""
@@ -16,4 +18,5 @@ def main(source: str, adapter: str, destination: str) -> None:
 
 
 if __name__ == "__main__":
+    follow()
     main(*sys.argv[1:])

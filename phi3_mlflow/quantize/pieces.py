@@ -19,6 +19,8 @@ import onnxruntime_genai.models  # puts the builder's modules on Python's path  
 from builders.base import Model, QuantFormat
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+from phi3_mlflow.quantize.process import follow
+
 # What the builder calls its file's top-level code.
 _BUILDER = "onnxruntime_genai.models.builder"
 # The operators that are quantized, and which of their inputs holds the weights.
@@ -85,6 +87,7 @@ def _quantized(builder: Any, node: onnx.NodeProto, weights: Any) -> onnx.ModelPr
 
 
 if __name__ == "__main__":
+    follow()
     for name in (MatMulNBitsQuantizer.__module__, "neural_compressor", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)  # a line for each node, and that a piece is no whole model
     Model.to_nbits = to_nbits

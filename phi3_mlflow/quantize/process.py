@@ -1,13 +1,26 @@
 """A long step in a process of its own, whose memory is given back when it ends and which ends with this one."""
 
 import os
+import signal
 import subprocess
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from phi3_mlflow.runtime.errors import WeightsError
 
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def follow() -> None:
+    """Called by the step's process: ends it at once when the process that has started it is gone."""
+    threading.Thread(target=_follow, name="phi3-follow", daemon=True).start()
+
+
+def _follow() -> None:
+    while os.read(0, 1024):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run(command: Sequence[str], what: str, report: Callable[[str], None] | None = None) -> None:
@@ -25,7 +38,7 @@ def run(command: Sequence[str], what: str, report: Callable[[str], None] | None 
     with subprocess.Popen(
         command,
         env={**os.environ, **_ENVIRONMENT},
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,  # ends with this process, however that ends; see `follow`
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
@@ -38,6 +51,7 @@ def run(command: Sequence[str], what: str, report: Callable[[str], None] | None 
                     last.append(line.strip())
                     if report:
                         report(line.rstrip())
+            process.wait()  # whose input stays open until then
         except BaseException:
             process.kill()
             raise
