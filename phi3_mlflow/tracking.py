@@ -1,5 +1,6 @@
 """The tracking store that MLflow is set to: whether it answers, and whether it knows a model."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +21,25 @@ def check() -> None:
     Raises:
         Phi3Error: it does not. MLflow itself would try for minutes.
     """
+    refuse_unwritable()
     try:
         with impatient(retries=0):
             mlflow.MlflowClient().search_experiments(max_results=1)
     except MlflowException as error:
         reason = str(error).splitlines()[0]
         raise Phi3Error(f"the tracking store {mlflow.get_tracking_uri()} does not answer: {reason}") from error
+
+
+def refuse_unwritable() -> None:
+    """Refuses a local store that is not there and cannot be made.
+
+    Raises:
+        Phi3Error: so it is. MLflow itself would try for minutes.
+    """
+    uri = mlflow.get_tracking_uri()
+    path = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not path.exists() and not os.access(path.absolute().parent, os.W_OK):
+        raise Phi3Error(f"there is no tracking store {path.absolute()}, and its folder cannot be written to make one")
 
 
 def create_database(path: Path) -> None:

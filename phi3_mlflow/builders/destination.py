@@ -29,7 +29,7 @@ from mlflow.utils.validation import (
 )
 from sqlalchemy.engine import make_url
 
-from phi3_mlflow.tracking import create_database
+from phi3_mlflow.tracking import check, create_database
 from phi3_mlflow.weights import Source
 
 from .common import BuildError
@@ -62,10 +62,10 @@ def check_names(name: str, registered: str | None, alias: str | None) -> None:
 
 
 def check_stores(*, registry: bool) -> None:
-    """Looks whether the tracking store, and on request the registry, can be written, where they are on this machine.
+    """Looks whether the tracking store, and on request the registry, can be written; elsewhere, whether it answers.
 
     Raises:
-        BuildError: one of them cannot; MLflow itself would try for minutes to open a database.
+        Phi3Error: so it is not; MLflow itself would try for minutes.
     """
     uris = [("tracking", mlflow.get_tracking_uri()), ("registry", mlflow.get_registry_uri())]
     for kind, uri in uris if registry else uris[:1]:
@@ -76,6 +76,8 @@ def check_stores(*, registry: bool) -> None:
                     _check_database(Path(database))
             elif is_local_uri(uri):
                 _check_writable(Path(local_file_uri_to_path(uri)))
+            elif kind == "tracking":
+                check()
 
 
 def find_run(run_id: str | None) -> str | None:

@@ -144,6 +144,9 @@ class Grammars:
             InvalidRequest: the parameters of one of them are a schema that cannot be enforced.
         """
         schemas = {}
+        # What one schema may cost is what all of them may cost together.
+        together = {each.name: _rebased(_plain(each.parameters, "tools"), each.name) for each in offer.functions}
+        enforceable({"type": "object", "properties": together}, "tools")
         for place, function in enumerate(offer.functions):
             if function.name in offer.names:
                 field = f"tools[{place}].function.parameters"
@@ -305,6 +308,18 @@ def _unspellable(token: int) -> str:
 
 def _copy(matcher: LLMatcher | None) -> LLMatcher | None:
     return None if matcher is None else matcher.deep_copy()
+
+
+def _rebased(schema: Any, name: str) -> Any:
+    """A schema with its references as they are where it is the property of that name."""
+    if isinstance(schema, list):
+        return [_rebased(each, name) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _rebased(value, name) for key, value in schema.items()}
+    if isinstance(reference := schema.get("$ref"), str) and reference.startswith("#"):
+        moved["$ref"] = f"#/properties/{name}{reference[1:]}"
+    return moved
 
 
 def _calls_grammar(schemas: Mapping[str, Any], options: "JsonCompileOptions", offer: Offer, listed: bool) -> str:

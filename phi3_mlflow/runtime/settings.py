@@ -41,6 +41,16 @@ def check_config(task: str, config: Mapping[str, Any]) -> None:
     Raises:
         InvalidRequest: an unknown name, or a value that is not allowed for the task.
     """
+    check_values(config)
+    _check_defaults(task, config)
+
+
+def check_values(config: Mapping[str, Any]) -> None:
+    """Checks each option and each of SETTINGS by itself, for whatever task.
+
+    Raises:
+        InvalidRequest: an unknown name, or a value that is not allowed.
+    """
     for name, value in config.items():
         if name in SETTINGS:
             if value is not None:
@@ -49,7 +59,6 @@ def check_config(task: str, config: Mapping[str, Any]) -> None:
             known = ", ".join([*SETTINGS, *NAMES])
             raise InvalidRequest(name, f"is not a setting of the model; the settings are {known}")
     default_options(config)
-    _check_defaults(task, config)
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:

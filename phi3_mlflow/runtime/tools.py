@@ -120,6 +120,8 @@ def _function(tool: Any, field: str) -> Function:
     if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
         raise InvalidRequest(f"{field}.parameters", f"is {shorten(parameters)}; it must be the schema of an object")
     check_size(parameters, f"{field}.parameters")
+    _check_encodable(f"{field}.description", description or "")
+    _check_encodable(f"{field}.parameters", parameters)
     return Function(name, description, {"type": "object", "properties": {}, **parameters})
 
 
@@ -147,7 +149,17 @@ def _past_call(call: Any, field: str) -> PastCall:
     if not isinstance(arguments, str) or not _is_object(arguments):
         problem = f"is {shorten(arguments)}; it must be the JSON text of an object"
         raise InvalidRequest(f"{field}.function.arguments", problem)
+    _check_encodable(f"{field}.function.arguments", json.loads(arguments))
     return PastCall(call["id"], name, arguments)
+
+
+def _check_encodable(field: str, value: Any) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest(field, "has half of a surrogate pair, which no text has; leave it out") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(field, f"is not JSON: {' '.join(str(error).split())}") from None
 
 
 def _is_object(text: str) -> bool:

@@ -109,6 +109,7 @@ def serve(
     """
     from phi3_mlflow.cli import parse_config
     from phi3_mlflow.logged import given_or_embedded
+    from phi3_mlflow.runtime.settings import check_values
 
     from . import page
     from .access import AccessLog
@@ -128,6 +129,7 @@ def serve(
     for name in ("uvicorn", "uvicorn.error", "httpx", "alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
     settings: dict[str, Any] = parse_config(config)
+    check_values(settings)
     known = read(keys)
     process = Process(host, port, drain, preload, trusted_proxy)
     with ExitStack() as stack:

@@ -12,6 +12,7 @@ from mlflow.store.artifact.utils.models import get_model_name_and_version
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
 
+from phi3_mlflow import tracking
 from phi3_mlflow.runtime.errors import Phi3Error
 
 
@@ -93,25 +94,30 @@ def locate(uri: str) -> tuple[str, str | None]:
 
     Not left to `mlflow.artifacts.download_artifacts`, which writes into a local store and copies what a run names.
     """
-    client = mlflow.MlflowClient()
+    if not uri.startswith(("models:/", "runs:/")):
+        return uri, None  # no store is asked, nor made
+    tracking.refuse_unwritable()
+    with tracking.impatient():
+        return _locate(mlflow.MlflowClient(), uri)
+
+
+def _locate(client: mlflow.MlflowClient, uri: str) -> tuple[str, str | None]:
     if uri.startswith("models:/"):
         found = _meant(client, uri)
         if len(found) == 1:
             return client.get_logged_model(found[0]).artifact_location, None
         name, number = found
         return client.get_model_version_download_uri(name, str(number)), str(number)
-    if uri.startswith("runs:/"):
-        run_id, _, name = uri.removeprefix("runs:").strip("/").partition("/")
-        run = client.get_run(run_id)
-        token = None
-        while True:
-            page = client.search_logged_models([run.info.experiment_id], page_token=token)
-            for model in page:
-                if model.source_run_id == run_id and model.name == name:
-                    return model.artifact_location, None
-            if not (token := page.token):
-                return f"{run.info.artifact_uri}/{name}", None
-    return uri, None
+    run_id, _, name = uri.removeprefix("runs:").strip("/").partition("/")
+    run = client.get_run(run_id)
+    token = None
+    while True:
+        page = client.search_logged_models([run.info.experiment_id], page_token=token)
+        for model in page:
+            if model.source_run_id == run_id and model.name == name:
+                return model.artifact_location, None
+        if not (token := page.token):
+            return f"{run.info.artifact_uri}/{name}", None
 
 
 def _meant(client: mlflow.MlflowClient, uri: str) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import WeightsError, shorten
-from . import files, genai_config, onnx_graph, tokenizer_config, tokenizer_json
+from . import files, genai_config, onnx_graph, rules, tokenizer_config, tokenizer_json
 from .models import MODELS
 
 __all__ = [
@@ -39,6 +39,17 @@ _TEMPLATE = ("chat_template.jinja", _MiB)
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 # Transformers' names for ways to compute attention. Any other name is a repository on the hub with code to download.
 _IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+# What transformers makes of config.json, as large as this says, before it looks at the weights.
+_SIZES: Mapping[str, Any] = {
+    "model_type": rules.text(100),
+    "architectures": rules.List(rules.text(100), 10),
+    "vocab_size": rules.integer(1, 2**20),
+    "num_hidden_layers": rules.integer(1, 1024),
+    "num_labels": rules.integer(0, 1024),
+    "max_position_embeddings": rules.integer(1, 2**24),
+    **dict.fromkeys(("hidden_size", "intermediate_size"), rules.integer(1, 2**18)),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), rules.integer(1, 2**12)),
+}
 # What transformers reads; it unpickles .bin, .pt and .pth, and imports .py.
 _SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt", ".md", ""})
 
@@ -187,6 +198,11 @@ def check_tokenizer(folder: Path, rows: int | None = None) -> None:
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    for key, rule in _SIZES.items():
+        if config.get(key) is not None:
+            rules.check(path, config[key], rule, "", key)
+    if config.get("quantization_config") is not None:
+        raise WeightsError(f"{path} has quantization_config, which no model here needs: give the weights as they were")
     model_type, architectures = config.get("model_type"), config.get("architectures")
     if model_type not in MODELS:
         known = ", ".join(MODELS)
@@ -198,8 +214,6 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         raise WeightsError(f"{path} has model_type {shorten(model_type)}: it must be one of {known}")
     if architectures and MODELS[model_type] not in architectures:
         raise WeightsError(f"{path} has architectures {shorten(architectures)}: not {MODELS[model_type]}")
-    if type(config.get("vocab_size", 0)) is not int:
-        raise WeightsError(f"{path} has vocab_size {shorten(config['vocab_size'])}: it must be a number of tokens")
     if "transformers_weights" in config:
         raise WeightsError(
             f"{path} has transformers_weights, which names other weights, pickled ones too: remove the key"

@@ -6,6 +6,7 @@ It knows nothing of what the files mean.
 import json
 import pickletools
 import re
+from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -160,8 +161,7 @@ def _plain_value(path: Path, value: Any, where: str, depth: int) -> Any:
     if isinstance(value, Pairs):
         found = dict(value)
         if len(found) < len(value):
-            names = [name for name, _ in value]
-            twice = next(name for index, name in enumerate(names) if name in names[:index])
+            twice = next(name for name, count in Counter(name for name, _ in value).items() if count > 1)
             raise WeightsError(f"{path} has the key {join(where, twice)} twice: do not use this copy")
         # Of a vocabulary's hundred thousands nothing is looked at singly.
         inner = ((name, each) for name, each in value if isinstance(each, list))
