@@ -2,12 +2,15 @@
 
 import signal
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
-def interrupted(command: Sequence[str], mark: bytes, seconds: float, **options: Any) -> tuple[int, bytes, bytes]:
-    """Sends the signal when a mark is on stderr, such as a progress bar's; status, stdout and all of stderr.
+def interrupted(
+    command: Sequence[str], begun: bytes | Callable[[], bool], seconds: float, **options: Any
+) -> tuple[int, bytes, bytes]:
+    """Sends the signal when a mark is on stderr, such as a progress bar's, or something is true; status and outputs.
 
     What is left to do may take so many seconds.
     """
@@ -21,11 +24,18 @@ def interrupted(command: Sequence[str], mark: bytes, seconds: float, **options: 
     )
     shown = b""
     try:
-        while mark not in shown and (more := process.stderr.read1()):
-            shown += more
+        if isinstance(begun, bytes):
+            while begun not in shown and (more := process.stderr.read1()):
+                shown += more
+            assert begun in shown, shown
+        else:
+            end = time.monotonic() + 10 * seconds
+            while not begun():
+                assert time.monotonic() < end
+                assert process.poll() is None
+                time.sleep(0.2)
         process.send_signal(signal.SIGINT)
         out, error = process.communicate(timeout=seconds)
     finally:
         process.kill()
-    assert mark in shown, shown
     return process.returncode, out, shown + error

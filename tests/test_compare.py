@@ -296,8 +296,12 @@ def test_ctrl_c_ends_it_and_the_alias_stays(versions, tmp_path):
     }
     path.write_text((json.dumps(row) + "\n") * 2000, "utf-8")
     command = [sys.executable, "-m", "phi3_mlflow", "compare", *versions[:2], "--questions", path, "--gate", "patient"]
-    # The progress bar comes after two seconds.
-    status, out, error = interrupted(command, b"compare:", 120, env={**os.environ, "MLFLOW_EXPERIMENT_NAME": "tests"})
+
+    def begun():
+        runs = mlflow.search_runs(order_by=["attributes.start_time DESC"], output_format="list", max_results=1)
+        return bool(runs) and runs[0].info.status == "RUNNING"
+
+    status, out, error = interrupted(command, begun, 60, env={**os.environ, "MLFLOW_EXPERIMENT_NAME": "tests"})
 
     assert (status, out) == (1, b"")
     assert error.endswith(b"Aborted!\n")

@@ -40,6 +40,8 @@ ENVIRONMENT = "tests/test_mlproject.py::test_mlflow_makes_the_environment_withou
 BOTH = "tests/test_recipes.py::test_both_builders_models_are_compared_on_the_command_line_and_in_python"
 SERVED = "tests/serve/test_documentation.py::"
 SPARK = "tests/test_spark.py::test_the_documents_code_runs_as_it_stands_there"
+SOURCES = "tests/test_quantize_sources.py::"
+ADAPTER = f"{SOURCES}test_an_adapter_is_merged_on_the_way_and_neither_it_nor_the_weights_are_touched"
 HERE = "tests/test_documented.py::"
 LOGGED, CHATS, SIGNED, CHECKED = (
     f"{HERE}test_{name}"
@@ -117,6 +119,10 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("mlflow run . -e transformers", GIGABYTES),
         *[("phi3-mlflow log", GIGABYTES)] * 3,
         ("phi3-mlflow quantize", "tests/test_notebooks.py::test_the_plots_are_pictures"),
+        ("phi3-mlflow quantize", ADAPTER),
+        ("phi3-mlflow quantize", f"{SOURCES}test_a_logged_transformers_model_is_quantized_as_its_folder_is"),
+        ("phi3-mlflow log onnx --weights microsoft/Phi-3-mini-4k-instruct-onnx --reference", GIGABYTES),
+        ("phi3-mlflow pull", GIGABYTES),
         *[("phi3-mlflow log transformers --weights microsoft/phi-2", OTHERS)] * 2,
         ("MLFLOW_PYFUNC_INFERENCE_CONFIG=", LOGGED),
         ("mlflow.pyfunc.load_model", LOGGED),

@@ -246,6 +246,8 @@ def test_the_contract_holds(loaded, builder):
     with serving_apart():
         app = App(loaded("Phi-4-mini", builder))
         for name, (body, field, fragment) in REFUSED.items():
+            if "tool" in name:  # Phi-4-mini calls some: serve/test_tools.py
+                continue
             status, text = app.post(body)
             error = clean_error(text)
             assert (status, fragment in error["message"]) == (400, True), (name, text)

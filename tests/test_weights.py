@@ -77,6 +77,10 @@ GENAI_CONFIG = {
 }
 
 
+DECODER = GENAI_CONFIG["model"]["decoder"]
+TOKENIZER = (Path(__file__).resolve().parent.parent / "artifacts" / "onnx" / "tokenizer.json").read_bytes()
+
+
 def transformers_files() -> dict[str, bytes]:
     config = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "auto_map": {"AutoConfig": "x.Phi3Config"}}
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
@@ -86,7 +90,7 @@ def transformers_files() -> dict[str, bytes]:
         "model.safetensors.index.json": json.dumps(index).encode(),
         "model-00001-of-00002.safetensors": random.Random(1).randbytes(200_000),
         "model-00002-of-00002.safetensors": random.Random(2).randbytes(100_000),
-        "tokenizer.json": b'{"version": "1.0"}',
+        "tokenizer.json": TOKENIZER,
         "tokenizer_config.json": b'{"model_max_length": 4096}',
         "tokenizer.model": b"sentencepiece",
         "chat_template.jinja": b"{{ messages }}",
@@ -113,12 +117,12 @@ def onnx_files() -> dict[str, bytes]:
         "genai_config.json": json.dumps(GENAI_CONFIG).encode(),
         GRAPH: phi3_graph(weights),
         f"{GRAPH}.data": random.Random(3).randbytes(300_000),
-        "tokenizer.json": b'{"version": "1.0"}',
+        "tokenizer.json": TOKENIZER,
         "tokenizer_config.json": b"{}",
         "tokenizer.model": b"sentencepiece",
         "config.json": b'{"auto_map": {}}',
-        "special_tokens_map.json": b'{"pad_token": "x"}',
-        "added_tokens.json": b'{"x": 1}',
+        "special_tokens_map.json": b'{"pad_token": "<|endoftext|>"}',
+        "added_tokens.json": b"{ }",
     }
 
 
@@ -305,8 +309,11 @@ class TestOnnxForm:
             ({"type": "gemma"}, "has model.type 'gemma': it must be 'phi3' or "),
             ({"decoder": {}}, "has no model.decoder.filename"),
             ({"decoder": {"filename": 1}}, "has model.decoder.filename 1"),
-            ({"decoder": {"filename": "/etc/passwd.onnx"}}, "names '/etc/passwd.onnx', which is not a file beside it"),
-            ({"decoder": {"filename": "a\\b.onnx"}}, "which is not a file beside it"),
+            (
+                {"decoder": {**DECODER, "filename": "/etc/passwd.onnx"}},
+                "names '/etc/passwd.onnx', which is not a file beside it",
+            ),
+            ({"decoder": {**DECODER, "filename": "a\\b.onnx"}}, "which is not a file beside it"),
         ],
     )
     def test_a_configuration_that_makes_no_sense_is_refused(self, onnx_folder, changes, reason):

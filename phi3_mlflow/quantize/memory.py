@@ -15,7 +15,7 @@ _GiB = 2**30
 # What torch, transformers and the builder hold before the first matrix.
 _BASE = 0.8 * _GiB
 # Bytes for each number of the matrix that is quantized, by the function that does it: measured on matrices of
-# Phi-3-mini's size (benchmarks/quantization.py).
+# Phi-3-mini's size (benchmarks/rounding.py).
 _WORKING = {"default": 11, "rtn": 25, "k_quant": 47, "k_quant_mixed": 47}
 
 

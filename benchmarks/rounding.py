@@ -3,8 +3,8 @@
 Quality is measured on the embedded model, in chats of the kind that it was trained on; speed and memory on weights of
 Phi-3-mini's shape with random numbers. A choice of full size takes minutes, with k-quant more than an hour.
 
-    python benchmarks/quantization.py --quality-only
-    python benchmarks/quantization.py [--layers 32] [--only rtn-32] [--folder .bench/quantization]
+    python benchmarks/rounding.py --quality-only
+    python benchmarks/rounding.py [--layers 32] [--only rtn-32] [--folder .bench/quantization]
 """
 
 import argparse
