@@ -143,15 +143,17 @@ class Grammars:
         Raises:
             InvalidRequest: the parameters of one of them are a schema that cannot be enforced.
         """
-        schemas = {}
+        schemas, fields = {}, {}
+        for place, function in enumerate(offer.functions):
+            if function.name in offer.names:
+                fields[function.name] = f"tools[{place}].function.parameters"
+                plain = _plain(function.parameters, fields[function.name])
+                schemas[function.name], _ = enforceable(plain, fields[function.name])
         # What one schema may cost is what all of them may cost together.
         together = {each.name: _rebased(_plain(each.parameters, "tools"), each.name) for each in offer.functions}
         enforceable({"type": "object", "properties": together}, "tools")
-        for place, function in enumerate(offer.functions):
-            if function.name in offer.names:
-                field = f"tools[{place}].function.parameters"
-                schemas[function.name], _ = enforceable(_plain(function.parameters, field), field)
-                self._json(schemas[function.name], field)  # so that an error names the tool
+        for name, schema in schemas.items():
+            self._json(schema, fields[name])  # so that an error names the tool
         source, usual = (_calls_grammar(schemas, each, offer, listed) for each in (OPTIONS, USUAL))
         return self._grammar(source, "tools", usual)
 

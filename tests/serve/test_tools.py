@@ -277,6 +277,34 @@ def test_a_schema_that_cannot_be_enforced_names_its_tool(tokens):
     assert error.value.field.startswith("tools[1].function.parameters")
 
 
+def test_tools_together_may_cost_what_one_schema_may(tokens):
+    ours, _ = tokens["Phi-4-mini"]
+    grammars = Grammars(ours.tokenizer_json, ours.vocab_size, [ours.control["<|end|>"]])
+    costly = {"properties": {"a": {"type": "integer", "multipleOf": 9_973}, "b": {"$ref": "#/properties/a"}}}
+    tools = [function(name=f"f{place}", parameters=costly) for place in range(50)]
+    grammars.calls(parse(tools=tools[:1]).tools, listed=True)
+    with pytest.raises(InvalidRequest, match="add up to more than") as error:
+        grammars.calls(parse(tools=tools).tools, listed=True)
+    assert error.value.field.startswith("tools")
+
+
+@pytest.mark.parametrize("half", ["\ud800", "a\udfffb"])
+def test_half_a_surrogate_pair_is_refused_wherever_a_tool_may_have_it(half):
+    described, named = function(description=half), function(parameters={"properties": {half: {}}})
+    called = {**CALL, "function": {"name": "weather", "arguments": json.dumps({"city": half})}}
+    for fields, field in (
+        ({"tools": [described]}, "tools[0].function.description"),
+        ({"tools": [named]}, "tools[0].function.parameters"),
+        (
+            {"messages": [user("a"), {**CALLED, "tool_calls": [called]}]},
+            "messages[1].tool_calls[0].function.arguments",
+        ),
+    ):
+        with pytest.raises(InvalidRequest, match="half of a surrogate pair") as error:
+            parse(**fields)
+        assert error.value.field == field
+
+
 def test_the_forms_are_told_by_their_control_tokens():
     assert Form.of({"<|tool_call|>": 1, "<|/tool_call|>": 2}) == Form(1, 2, True)
     assert Form.of({"<tool_call>": 1, "</tool_call>": 2}) == Form(1, 2, False)
