@@ -3,7 +3,6 @@
 Knows token ids and the two forms in which models write calls; knows no sampling and no wire format.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,10 +45,9 @@ class Form:
         """Calls as the model would have written them.
 
         Args:
-            calls: names, and arguments as JSON text.
+            calls: names, and arguments as `json.dumps` writes them.
         """
-        texts = [f'{{"name": "{name}", "arguments": {json.dumps(json.loads(text), ensure_ascii=False)}}}'
-                 for name, text in calls]  # fmt: skip
+        texts = [f'{{"name": "{name}", "arguments": {text}}}' for name, text in calls]
         if self.listed:
             return [self.begin, f"[{', '.join(texts)}]", self.end]
         parts: list[int | str] = []

@@ -143,19 +143,20 @@ class Grammars:
         Raises:
             InvalidRequest: the parameters of one of them are a schema that cannot be enforced.
         """
-        schemas, fields = {}, {}
-        for place, function in enumerate(offer.functions):
-            if function.name in offer.names:
-                fields[function.name] = f"tools[{place}].function.parameters"
-                plain = _plain(function.parameters, fields[function.name])
-                schemas[function.name], _ = enforceable(plain, fields[function.name])
+        fields = {each.name: f"tools[{place}].function.parameters" for place, each in enumerate(offer.functions)}
+        plain = {each.name: _plain(each.parameters, fields[each.name]) for each in offer.functions}
+        schemas = {name: enforceable(plain[name], fields[name])[0] for name in offer.names}
         # What one schema may cost is what all of them may cost together.
-        together = {each.name: _rebased(_plain(each.parameters, "tools"), each.name) for each in offer.functions}
+        together = {name: _rebased(schema, name) for name, schema in plain.items()}
         enforceable({"type": "object", "properties": together}, "tools")
-        for name, schema in schemas.items():
-            self._json(schema, fields[name])  # so that an error names the tool
         source, usual = (_calls_grammar(schemas, each, offer, listed) for each in (OPTIONS, USUAL))
-        return self._grammar(source, "tools", usual)
+        try:
+            return self._grammar(source, "tools", usual)
+        except InvalidRequest:
+            # Where one tool is at fault, the error should point at it and not at all of them.
+            for name, schema in schemas.items():
+                self._json(schema, fields[name])
+            raise
 
     def _json(self, schema: dict[str, Any], field: str) -> "Grammar":
         source, usual = (LLMatcher.grammar_from_json_schema(schema, overrides=each) for each in (OPTIONS, USUAL))

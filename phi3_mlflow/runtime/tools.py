@@ -58,7 +58,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class PastCall:
-    """A call that an earlier answer made: the function's name, and its arguments as JSON text of an object."""
+    """A call that an earlier answer made: the function's name, and its arguments as `json.dumps` writes an object."""
 
     id: str
     name: str
@@ -120,8 +120,8 @@ def _function(tool: Any, field: str) -> Function:
     if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
         raise InvalidRequest(f"{field}.parameters", f"is {shorten(parameters)}; it must be the schema of an object")
     check_size(parameters, f"{field}.parameters")
-    _check_encodable(f"{field}.description", description or "")
-    _check_encodable(f"{field}.parameters", parameters)
+    _encoded(f"{field}.description", description or "")
+    _encoded(f"{field}.parameters", parameters)
     return Function(name, description, {"type": "object", "properties": {}, **parameters})
 
 
@@ -146,27 +146,26 @@ def _past_call(call: Any, field: str) -> PastCall:
     name, arguments = function.get("name"), function.get("arguments")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidRequest(f"{field}.function.name", f"is {shorten(name)}; it {_NAMED}")
-    if not isinstance(arguments, str) or not _is_object(arguments):
-        problem = f"is {shorten(arguments)}; it must be the JSON text of an object"
-        raise InvalidRequest(f"{field}.function.arguments", problem)
-    _check_encodable(f"{field}.function.arguments", json.loads(arguments))
-    return PastCall(call["id"], name, arguments)
-
-
-def _check_encodable(field: str, value: Any) -> None:
+    field = f"{field}.function.arguments"
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        parsed = json.loads(arguments) if isinstance(arguments, str) else None
+    except (ValueError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise InvalidRequest(field, f"is {shorten(arguments)}; it must be the JSON text of an object")
+    return PastCall(call["id"], name, _encoded(field, parsed))
+
+
+def _encoded(field: str, value: Any) -> str:
+    """The value as JSON, with all characters as they are; InvalidRequest where that is no text."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+        text.encode()
     except UnicodeEncodeError:
         raise InvalidRequest(field, "has half of a surrogate pair, which no text has; leave it out") from None
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(field, f"is not JSON: {' '.join(str(error).split())}") from None
-
-
-def _is_object(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
-        return False
+    return text
 
 
 def _only(given: Mapping[str, Any], known: Sequence[str], field: str) -> None:
