@@ -369,9 +369,10 @@ def test_six_requests_that_share_a_long_prefix_run_together_where_two_others_hav
     service = Service(Tokens.from_folder(ONNX), decoder, renew_after=None)
     system = {"role": "system", "content": "You are a helpful assistant. " * 120}
     cities = {"Spain": "Madrid", "France": "Paris", "Italy": "Rome", "Norway": "Oslo", "Japan": "Tokyo", "Cuba": "Hav"}
-    seen, step = [], decoder.step
+    seen, step, asked = [], decoder.step, threading.Event()
 
     def watched(parts):
+        assert asked.wait(PATIENCE)
         seen.append(service.statistics())
         return step(parts)
 
@@ -379,6 +380,7 @@ def test_six_requests_that_share_a_long_prefix_run_together_where_two_others_hav
     questions = [{"role": "user", "content": f"What is the capital of {country}?"} for country in cities]
     bodies = [{"messages": [system, question], "max_tokens": 150} for question in questions]
     runs = [service.start(body) for body in bodies]
+    asked.set()
     answers = [run.wait() for run in runs]
     assert all(3 * (answer.prompt_tokens + 149) > decoder.capacity for answer in answers)
     assert max(now.running for now in seen) == 6

@@ -679,9 +679,11 @@ def test_room_is_reckoned_in_whole_blocks(start):
 
 def test_as_many_answers_run_as_have_room_beside_the_prefix_that_they_share(start):
     most, sizes = 0, []
+    gate = Gate()
 
     def on_call(name, slot, ids):
         nonlocal most
+        gate(name, slot, ids)
         now = scheduler.statistics()
         most = max(most, now.running)
         sizes.append((now.used, now.held))
@@ -694,6 +696,7 @@ def test_as_many_answers_run_as_have_room_beside_the_prefix_that_they_share(star
     scheduler = start(decoder)
     prompts = [[*prefix, *LETTERS[at : at + 4]] for at in range(6)]
     asked = [ask(scheduler, prompt, 6) for prompt in prompts]
+    gate.open.set()
     assert [one.result() for one in asked] == [alone(prompt, 6, **values) for prompt in prompts]
     assert most == 6
     assert max(sizes)[1] <= 26 * 8
