@@ -1,6 +1,7 @@
 """Run with: python -m pytest tests/test_scheduler.py"""
 
 import itertools
+import math
 import queue
 import random
 import re
@@ -902,22 +903,26 @@ def test_before_an_answer_has_ended_those_that_run_say_how_long_one_takes(start)
     steps = itertools.count(1)
 
     def on_call(name, slot, ids):
-        if name == "decode" and next(steps) == 10:
-            reached.set()
-            go_on.wait(PATIENCE)
+        if name == "decode":
+            time.sleep(0.001)
+            if next(steps) == 10:
+                reached.set()
+                go_on.wait(PATIENCE)
 
     decoder = FakeDecoder(script=lambda prompt: [6] * 500, on_call=on_call, context_length=1000)
     scheduler = start(decoder, speculation=False)
     one = ask(scheduler, [5, 6, 7, 8], 497)
     assert reached.wait(PATIENCE)
     (slot,) = scheduler._slots
-    before = time.monotonic() - slot.job.admitted
-    estimate = scheduler._pace.taken(slot)
-    after = time.monotonic() - slot.job.admitted
+    assert slot.job.generation.sampled == 10
+    before = time.monotonic() - slot.job.read
+    estimate = scheduler._pace.patience([slot], before=0)
+    after = time.monotonic() - slot.job.read
     go_on.set()
-    assert before * 500 / 13 <= estimate <= after * 500 / 13  # 13 of 500 tokens are there
+    assert math.ceil(max(1, before * 487 / 9)) <= estimate <= math.ceil(max(1, after * 487 / 9))
     one.result()
-    assert scheduler._pace.seconds > 0
+    assert scheduler._pace.tokens == 497
+    assert scheduler._pace.gap > 0
 
 
 def test_waiting_jobs_are_looked_through_while_others_come(start):

@@ -24,6 +24,7 @@ class Job:
     Attributes:
         reused: how many of the prompt's tokens did not have to be computed.
         admitted: when it got a slot, on time.monotonic()'s clock; 0 before.
+        read: when its prompt had been read, likewise.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Job:
     ):
         self.generation = generation
         self.reused = 0
-        self.admitted = 0.0
+        self.admitted = self.read = 0.0
         self.deliver = deliver
         self.deadline = deadline
         self.renew = renew

@@ -118,7 +118,8 @@ class Scheduler:
             count = self._waiting.unbegun - sum(slot.job is None for slot in self._slots)
             if self._queue_limit is not None and count >= self._queue_limit:
                 problem = "1 request is waiting" if count == 1 else f"{count} requests are waiting"
-                raise Busy(problem, self._pace.patience(self._slots, self._waiting.unbegun))
+                # Whoever gets the next slot leaves a place in the queue.
+                raise Busy(problem, self._pace.patience(self._slots, before=0))
             self._waiting.add(batch)
             self._wake.notify()
 
@@ -202,7 +203,7 @@ class Scheduler:
             late = [] if self._queue_timeout is None else self._waiting.take_late(self._queue_timeout)
             self.counts.ended += len(ending)
             self.counts.failed += len(late)
-            patience = self._pace.patience(self._slots, self._waiting.unbegun)
+            patience = self._pace.patience(self._slots, before=self._waiting.unbegun)
         for job in ending:
             self._deliver_end(job)
         for batch in late:
@@ -292,6 +293,7 @@ class Scheduler:
                 slot.job.generation.read(logits)
             if slot.pending:
                 return
+            slot.job.read = time.monotonic()
             ids, logits = ids[-1:], logits[-1:]
         assert logits is not None
         self._accept(slot, ids, logits)
