@@ -127,7 +127,7 @@ def main() -> None:
                 )
                 kinds["texts, spark_udf"] = theirs(struct(col("text").alias("prompt")))
             for kind, answer in kinds.items():
-                print(f"{workers} workers, {kind} ...", file=sys.stderr)
+                print(f"workers: {workers}, {kind} ...", file=sys.stderr)
                 took, memory = measure(spark, frame, answer, asked.rows)
                 model, held = (memory.most[name] / 2**20 for name in ("model", "workers"))
                 lines.append(
