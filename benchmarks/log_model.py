@@ -3,8 +3,9 @@
     python benchmarks/full_size.py                      makes the folder that is logged, 2.7 GB
     python benchmarks/log_model.py [--folder FOLDER] [--rounds 5] [--place DIRECTORY]
 
-The three take turns, each on files that the page cache has, with the disk at rest before each. No hash is remembered
-from an earlier round. All that is written is in one temporary folder, three times the size of the weights at most.
+The three take turns, each on files that the page cache has, with the disk at rest before each; once until they return,
+and once until all that was written is on the disk (sync). No hash is remembered from an earlier round. All that is
+written is in one temporary folder, three times the size of the weights at most.
 """
 
 import os
@@ -38,19 +39,25 @@ def main() -> None:
         shutil.copytree(arguments.folder, snapshot, ignore=shutil.ignore_patterns("manifest.json", ".gitignore"))
         size = sum(path.stat().st_size for path in snapshot.iterdir())
         seconds = measured(room, snapshot, arguments.rounds)
+    from phi3_mlflow import machine
     from phi3_mlflow.layout import markdown
 
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    rows = [
-        [name, f"{median[name]:.1f} s", f"{min(values):.1f} to {max(values):.1f}", f"{median[name] / median['cp']:.2f}"]
-        for name, values in seconds.items()
-    ]
-    print(f"{size / 1e9:.2f} GB, {arguments.rounds} rounds\n")
-    print(markdown(["", "median", "seconds", "of cp"], rows))
+    rows = []
+    for name, values in seconds.items():
+        row = [name]
+        for until in range(2):
+            took = [each[until] for each in values]
+            ratio = statistics.median(
+                each[until] / base[until] for each, base in zip(values, seconds["cp"], strict=True)
+            )
+            row += [f"{statistics.median(took):.1f} s ({min(took):.1f} to {max(took):.1f})", f"{ratio:.2f}"]
+        rows.append(row)
+    print(f"{machine.line()}; {size / 1e9:.2f} GB, medians of {arguments.rounds} rounds\n")
+    print(markdown(["", "until it returns", "of cp", "until it is on the disk", "of cp"], rows))
 
 
-def measured(room: Path, snapshot: Path, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round, by what was done."""
+def measured(room: Path, snapshot: Path, rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of each round until it returned and until the disk was at rest, by what was done."""
     import mlflow
 
     from phi3_mlflow.builders import onnx
@@ -71,7 +78,7 @@ def measured(room: Path, snapshot: Path, rounds: int) -> dict[str, list[float]]:
         "log_model(reference=True)": lambda: log(reference=True),
     }
     log(reference=True)  # imports, and the database's tables
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
             shutil.rmtree(room / "written", ignore_errors=True)
@@ -79,7 +86,9 @@ def measured(room: Path, snapshot: Path, rounds: int) -> dict[str, list[float]]:
             os.sync()
             began = time.perf_counter()
             way()
-            seconds[name].append(time.perf_counter() - began)
+            returned = time.perf_counter() - began
+            os.sync()
+            seconds[name].append((returned, time.perf_counter() - began))
     return seconds
 
 

@@ -4,8 +4,9 @@ import errno
 import hashlib
 import os
 import sys
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from phi3_mlflow.runtime.hashes import hash_file
@@ -13,6 +14,7 @@ from phi3_mlflow.runtime.hashes import hash_file
 # FICLONE of linux/fs.h: btrfs, XFS, bcachefs and others.
 _FICLONE = 0x40049409
 _CHUNK = 8 * 2**20
+_BUFFERS = 4
 
 
 def put(source: Path, target: Path, progress: Callable[[int], None] | None = None) -> str:
@@ -34,14 +36,18 @@ def put(source: Path, target: Path, progress: Callable[[int], None] | None = Non
         if clone(read.fileno(), written.fileno()):
             return hash_file(source, progress)
         hasher = hashlib.sha256()
-        buffer = memoryview(bytearray(_CHUNK))
-        with ThreadPoolExecutor(1) as hashing:  # while the same bytes are written
-            while count := read.readinto(buffer):
-                hashed = hashing.submit(hasher.update, buffer[:count])
+        buffers = deque(memoryview(bytearray(_CHUNK)) for _ in range(_BUFFERS))
+        hashed: deque[Future[None]] = deque()
+        with ThreadPoolExecutor(1) as hashing:  # of what was read a little earlier
+            while count := read.readinto(buffers[0]):
+                chunk = buffers[0][:count]
+                buffers.rotate(-1)
+                hashed.append(hashing.submit(hasher.update, chunk))
                 done = 0
                 while done < count:
-                    done += written.write(buffer[done:count]) or 0
-                hashed.result()
+                    done += written.write(chunk[done:]) or 0
+                if len(hashed) == _BUFFERS:
+                    hashed.popleft().result()
                 if progress:
                     progress(count)
         return hasher.hexdigest()
