@@ -1,20 +1,19 @@
 """Files of weights in a second place: cloned where the file system can, so that both share blocks, else copied."""
 
 import errno
-import hashlib
 import os
 import sys
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
+from typing import BinaryIO
 
 from phi3_mlflow.runtime.hashes import hash_file
 
 # FICLONE of linux/fs.h: btrfs, XFS, bcachefs and others.
 _FICLONE = 0x40049409
 _CHUNK = 8 * 2**20
-_BUFFERS = 4
 
 
 def put(source: Path, target: Path, progress: Callable[[int], None] | None = None) -> str:
@@ -26,31 +25,38 @@ def put(source: Path, target: Path, progress: Callable[[int], None] | None = Non
         progress: called with the number of bytes that were read since the last call.
 
     Returns:
-        The sha256 of what was read, in hexadecimal.
+        The sha256 of the file, in hexadecimal.
 
     Raises:
         OSError: one of them cannot be read or written.
-        WeightsError: a cloned file cannot be read.
+        WeightsError: the file cannot be read to its end.
     """
     with source.open("rb", buffering=0) as read, target.open("xb", buffering=0) as written:
         if clone(read.fileno(), written.fileno()):
             return hash_file(source, progress)
-        hasher = hashlib.sha256()
-        buffers = deque(memoryview(bytearray(_CHUNK)) for _ in range(_BUFFERS))
-        hashed: deque[Future[None]] = deque()
-        with ThreadPoolExecutor(1) as hashing:  # of what was read a little earlier
-            while count := read.readinto(buffers[0]):
-                chunk = buffers[0][:count]
-                buffers.rotate(-1)
-                hashed.append(hashing.submit(hasher.update, chunk))
-                done = 0
-                while done < count:
-                    done += written.write(chunk[done:]) or 0
-                if len(hashed) == _BUFFERS:
-                    hashed.popleft().result()
-                if progress:
-                    progress(count)
-        return hasher.hexdigest()
+        stop = Event()
+        with ThreadPoolExecutor(1) as copying:  # while the same file is hashed, which takes longer
+            copied = copying.submit(_copy, read, written, stop)
+            try:
+                sha256 = hash_file(source, progress)
+            except BaseException:
+                stop.set()
+                raise
+            copied.result()
+        return sha256
+
+
+def _copy(read: BinaryIO, written: BinaryIO, stop: Event) -> None:
+    """Copies the rest of a file, within the kernel where it can, until it is told to stop."""
+    try:
+        while not stop.is_set() and os.sendfile(written.fileno(), read.fileno(), None, _CHUNK):  # type: ignore[arg-type]
+            pass
+    except (AttributeError, OSError) as error:
+        if getattr(error, "errno", None) not in (None, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOTSOCK):
+            raise
+        while not stop.is_set() and (chunk := read.read(_CHUNK)):
+            while chunk:
+                chunk = chunk[written.write(chunk) :]
 
 
 def clone(source: int, target: int) -> bool:

@@ -3,6 +3,7 @@
 Run with: python -m pytest tests/test_copying.py
 """
 
+import errno
 import hashlib
 import os
 import shutil
@@ -14,6 +15,7 @@ import mlflow
 import pytest
 from mlflow.models import Model
 
+from phi3_mlflow import copying
 from phi3_mlflow.builders import onnx, transformers
 from phi3_mlflow.copying import clone, move, put
 
@@ -62,6 +64,46 @@ def test_a_copy_has_the_bytes_and_their_hash_and_tells_how_far_it_is(tmp_path):
     assert sum(steps) == SIZE
     assert not (tmp_path / "target").is_symlink()
     assert (tmp_path / "target").stat().st_ino != source.stat().st_ino
+
+
+def test_where_the_kernel_does_not_copy_python_goes_on_from_there(tmp_path, monkeypatch):
+    source, once = random_file(tmp_path / "source"), os.sendfile
+    calls = []
+
+    def sendfile(*arguments):
+        calls.append(arguments)
+        if len(calls) > 1:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return once(*arguments)
+
+    monkeypatch.setattr(os, "sendfile", sendfile)
+    put(source, tmp_path / "target")
+    assert len(calls) == 2
+    assert (tmp_path / "target").read_bytes() == source.read_bytes()
+
+
+def test_a_full_disk_is_told(tmp_path, btrfs):
+    source = tmp_path / "source"
+    with source.open("wb") as file:
+        file.truncate(600 * 2**20)
+    with pytest.raises(OSError, match="No space left"):
+        put(source, btrfs / "target")
+    (btrfs / "target").unlink()
+
+
+def test_copying_ends_with_what_waits_for_it(tmp_path, monkeypatch):
+    source, stopped = random_file(tmp_path / "source"), []
+
+    def endless(read, written, stop):
+        stopped.append(stop.wait(60))
+
+    def interrupt(count):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(copying, "_copy", endless)
+    with pytest.raises(KeyboardInterrupt):
+        put(source, tmp_path / "target", interrupt)
+    assert stopped == [True]
 
 
 def test_nothing_is_written_over(tmp_path):
