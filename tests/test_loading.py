@@ -6,6 +6,8 @@ Run with: python -m pytest tests/test_loading.py
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,15 +20,18 @@ from fakes import TOKENS, FakeDecoder, spell
 from phi3_mlflow.runtime import loading
 from phi3_mlflow.runtime import service as service_module
 from phi3_mlflow.runtime.chat import Request
-from phi3_mlflow.runtime.decoders.base import Part
+from phi3_mlflow.runtime.decoders.base import CannotBatch, Part
 from phi3_mlflow.runtime.errors import InvalidRequest, WeightsError
 from phi3_mlflow.runtime.model import AnswerFailed, OutOfTime, Predictor, RequestRefused, TryLater
 from phi3_mlflow.runtime.options import Options
 from phi3_mlflow.runtime.service import Service
+from phi3_mlflow.runtime.statistics import Counts
+from phi3_mlflow.runtime.tokens import Tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 ONNX = ROOT / "artifacts" / "onnx"
 PATIENCE = 60
+ENGINES = ("genai", "onnxruntime", "openvino")
 
 
 def until(condition):
@@ -348,18 +353,114 @@ def test_an_engine_that_is_not_there_or_cannot_do_what_is_asked_is_refused(monke
         loading.load(ONNX, engine="openvino")
 
 
-def test_a_folder_that_openvino_cannot_run_is_run_by_onnxruntime_with_the_reason(tmp_path, caplog, monkeypatch):
-    from phi3_mlflow.runtime.decoders import openvino
-    from phi3_mlflow.runtime.decoders.base import CannotBatch
-
+@pytest.mark.parametrize(
+    "why", ["the graph has an operator Unheard", "import of phi3_mlflow.runtime.decoders.openvino"]
+)
+def test_a_folder_that_openvino_cannot_run_is_run_by_onnxruntime_with_the_reason(caplog, monkeypatch, why):
     def refuse(*arguments, **values):
-        raise CannotBatch("the graph has an operator Unheard")
+        raise CannotBatch(why)
 
-    monkeypatch.setattr(openvino, "OpenVinoDecoder", refuse)
+    if why.startswith("import"):  # of another version, or broken
+        monkeypatch.setitem(sys.modules, "phi3_mlflow.runtime.decoders.openvino", None)
+    else:
+        monkeypatch.setattr("phi3_mlflow.runtime.decoders.openvino.OpenVinoDecoder", refuse)
     service = loading.load(ONNX, engine="openvino", parallel=2, threads=1)
     try:
         question = {"messages": [{"role": "user", "content": "What is the capital of Spain?"}]}
         assert service.start(question).wait().choices[0].text == "The capital of Spain is Madrid."
     finally:
         service.close()
-    assert "OpenVINO cannot run this folder, onnxruntime does: the graph has an operator Unheard" in caplog.text
+    assert f"OpenVINO cannot run this folder, onnxruntime does: {why}" in caplog.text
+
+
+FIRST_ANSWER = """
+import sys
+from pathlib import Path
+
+from phi3_mlflow.runtime import loading
+
+seen = []
+
+def watch(event, arguments):
+    if event in ("import", "open", "compile", "exec"):
+        seen.append((event, str(arguments[0])))
+
+service = loading.load(Path(sys.argv[1]), engine=sys.argv[2], threads=1)
+sys.addaudithook(watch)
+service.start({"messages": [{"role": "user", "content": "What is the capital of Spain?"}], "max_tokens": 3}).wait()
+print(seen)
+service.close()
+"""
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_first_answer_imports_reads_and_compiles_nothing(engine):
+    command = [sys.executable, "-c", FIRST_ANSWER, str(ONNX), engine]
+    assert subprocess.check_output(command, text=True, cwd=ROOT, timeout=PATIENCE) == "[]\n"
+
+
+def test_the_first_answer_finds_the_generator_that_loading_made(monkeypatch):
+    """At full size one for 256 tokens takes about as long as a prompt of 16 tokens does."""
+    from phi3_mlflow.runtime.decoders import genai
+
+    made, make = [], genai.og.Generator
+    monkeypatch.setattr(genai.og, "Generator", lambda *arguments: made.append(1) or make(*arguments))
+    service = loading.load(ONNX, threads=1)
+    assert len(made) == 1
+    for text in ("What is the capital of Spain?", "two plus two"):
+        service.start({**chat(text), "max_tokens": 20}).wait()
+    service.close()
+    assert len(made) == 1
+
+
+def test_openvino_makes_its_kernels_for_a_chunk_of_a_prompt_while_it_loads(monkeypatch):
+    from phi3_mlflow.runtime.decoders.openvino import OpenVinoDecoder
+
+    sizes, infer = set(), OpenVinoDecoder._infer
+
+    def watched(decoder, parts, bar=None):
+        sizes.add(sum(len(part.ids) for part in parts.values()))
+        return infer(decoder, parts, bar)
+
+    monkeypatch.setattr(OpenVinoDecoder, "_infer", watched)
+    service = loading.load(ONNX, engine="openvino", threads=1)
+    loaded = set(sizes)
+    sizes.clear()
+    service.start({"prompt": list(range(100, 116)), "max_tokens": 3}, task="llm/v1/completions").wait()
+    service.close()
+    assert sizes == {16, 1}
+    assert sizes <= loaded
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_loading_computes_leaves_no_trace(engine):
+    asked = {**chat("What is the capital of Spain?"), "logprobs": True, "temperature": 0.7, "seed": 1, "max_tokens": 8}
+    decoder = loading.onnx_decoder(ONNX, {"engine": engine, "threads": 1})
+    services = [loading.load(ONNX, engine=engine, threads=1), Service(Tokens.from_folder(ONNX), decoder)]
+    found = []
+    for service in services:
+        before = service.statistics()
+        assert (before.held, before.running, before.waiting) == (0, 0, 0)
+        assert service.counts == Counts()
+        found.append(service.start(asked).wait())
+        service.close()
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected", "told"),
+    [
+        (MemoryError(), WeightsError, r"^fake has loaded the weights and cannot compute a token with them: Memory"),
+        (RuntimeError("no\n  kernel"), WeightsError, "with them: no kernel$"),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+    ],
+)
+def test_weights_that_cannot_be_computed_with_are_told_while_they_are_loaded(monkeypatch, fault, expected, told):
+    def fail(name, slot, ids):
+        raise fault
+
+    decoder = FakeDecoder(on_call=fail)
+    monkeypatch.setattr(loading, "onnx_decoder", lambda folder, settings: decoder)
+    with pytest.raises(expected, match=told):
+        loading.load(ONNX)
+    assert decoder.closed

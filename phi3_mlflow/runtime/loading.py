@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from . import FORMAT, manifest, trust
 from .chat import TASKS
-from .decoders.base import CannotBatch, Decoder
+from .decoders.base import CannotBatch, Decoder, Part
 from .decoders.longrope import Switching, switch_in, switch_of
 from .decoders.processor import has_vnni
-from .errors import InvalidRequest
+from .errors import InvalidRequest, WeightsError
 from .service import Service
 from .settings import check_batching, check_config, default_options, refuse_batching, settings_of
 from .tokens import Tokens
@@ -28,6 +28,8 @@ DEFAULT_QUEUE_LIMIT = 64
 _RENEW_AFTER = 1.0
 # Seconds between two tokens of an answer while prompts are read beside it.
 _TOKEN_GAP = 0.25
+# A token that every vocabulary has.
+_TRIED = 5
 
 
 def load(folder: Path, **config: Any) -> Service:
@@ -69,7 +71,7 @@ def _onnx(folder: Path, config: Mapping[str, Any], names: Collection[str] | None
     trust.check(folder, names)
     arguments = _arguments(settings, config)  # what may be wrong with them is told before the weights are loaded
     tokens = Tokens.from_folder(folder, template=arguments["template"])
-    return Service(tokens, onnx_decoder(folder, settings), **arguments)
+    return Service(tokens, _warmed(onnx_decoder(folder, settings)), **arguments)
 
 
 def pipeline_in(folder: Path, device: int | None = None) -> "transformers.TextGenerationPipeline":
@@ -112,7 +114,7 @@ def load_pipeline(folder: Path, pipeline: "transformers.TextGenerationPipeline",
     decoder: Decoder = PipelineDecoder(pipeline, context_length=settings.get("context_length"))
     if switch := switch_in(pipeline.model.config.to_dict()):
         decoder = Switching(decoder, switch)
-    return Service(Tokens.from_folder(folder, template=arguments["template"]), decoder, **arguments)
+    return Service(Tokens.from_folder(folder, template=arguments["template"]), _warmed(decoder), **arguments)
 
 
 def _arguments(settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,11 +144,11 @@ def onnx_decoder(folder: Path, settings: Mapping[str, Any]) -> Decoder:
     several = {"slots": settings.get("parallel", 1), "kv_budget": settings.get("kv_budget"), **shared}
     engine = engine_of(settings)
     if engine == "openvino":
-        from .decoders.openvino import OpenVinoDecoder
-
         try:
+            from .decoders.openvino import OpenVinoDecoder
+
             return OpenVinoDecoder(folder, quiet=not sys.stderr.isatty(), **several)
-        except CannotBatch as error:
+        except (CannotBatch, ImportError) as error:
             _logger.warning("OpenVINO cannot run this folder, onnxruntime does: %s", error)
         engine = "onnxruntime" if several["slots"] > 1 else "genai"
     switch = switch_of(folder)
@@ -155,6 +157,25 @@ def onnx_decoder(folder: Path, settings: Mapping[str, Any]) -> Decoder:
         engine = "onnxruntime"
     decoder = _onnxruntime(folder, engine, several) or _genai(folder, shared)
     return decoder if switch is None else Switching(decoder, switch)
+
+
+def _warmed(decoder: Decoder) -> Decoder:
+    """A decoder that has computed one token: memory and threads that it first takes then belong to loading.
+
+    Raises:
+        WeightsError: it cannot, and is closed.
+    """
+    try:
+        decoder.reserve(0, 1)
+        decoder.step({0: Part([_TRIED], 1)})
+        decoder.rewind(0, 0)
+    except BaseException as error:
+        decoder.close()
+        if isinstance(error, Exception):
+            problem = f"{decoder.engine} has loaded the weights and cannot compute a token with them"
+            raise WeightsError(f"{problem}: {' '.join(str(error).split())[:300] or repr(error)}") from error
+        raise
+    return decoder
 
 
 def _onnxruntime(folder: Path, engine: str, several: Mapping[str, Any]) -> Decoder | None:

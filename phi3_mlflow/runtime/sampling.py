@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.random import default_rng  # loaded by numpy when it is first asked for, which takes a while
 
 from .options import Options
 
@@ -60,7 +61,7 @@ class Sampler:
         self._recent = deque(dict.fromkeys(prompt)) if last < 0 else deque(prompt, min(last, sys.maxsize))
         self._counts: dict[int, int] = {}
         seed = None if options.seed is None else [options.seed % 2**64, choice]
-        self._random = np.random.default_rng(seed)
+        self._random = default_rng(seed)
 
     def __call__(self, logits: np.ndarray) -> int:
         """The next token.

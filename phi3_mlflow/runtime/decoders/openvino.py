@@ -103,8 +103,9 @@ class OpenVinoDecoder(Decoder):
                         f"OpenVINO takes {held // blocks} bytes for a block of keys and values on this processor, and "
                         f"{bytes_each} are reckoned with"
                     )
-                # OpenVINO lays the weights out anew in its first inference: it belongs to loading.
-                self._infer({0: Part([5, 6], 1)}, bar)
+                # OpenVINO lays the weights out anew in its first inference, and makes its kernels in the first one of a
+                # size: both belong to loading.
+                self._infer({0: Part([5] * self.chunk, 1)}, bar)
                 self.rewind(0, 0)
                 prove_attention(self._heads, _properties(threads, kv_cache), self.context_length)
                 self._prove()
