@@ -242,8 +242,15 @@ def test_keys_are_forced_with_the_white_space_that_json_mostly_has_as_long_as_an
     assert spell(compiled, "1")
     assert forced() == b""
     assert spell(compiled, ', "')
-    assert forced() == b"b"  # the quote behind it may be a part of a longer token
+    assert forced() == b'b"'
     assert b"".join(map(piece, copied.forced())) == b' 1, "b": '
+
+
+def test_a_quote_is_forced_though_a_longer_token_begins_with_it():
+    compiled = GRAMMARS.compile(wrap(closed({"a": {"type": "string"}, "b": {"type": "string"}}, required=["a", "b"])))
+    assert b"".join(map(piece, compiled.forced())) == b'{"a": "'
+    assert spell(compiled, '{"a": "x"')
+    assert b"".join(map(piece, compiled.forced())) == b', "b": "'
 
 
 def test_a_regex_holds_the_whole_answer():

@@ -367,7 +367,8 @@ def questions(every):
     return [json.loads(line) for line in lines[::every]]
 
 
-def test_answers_that_conform_to_a_schema_take_a_third_fewer_steps_and_are_the_same(load):
+def test_answers_that_conform_to_a_schema_take_half_the_steps_and_are_the_same(load):
+    """Over all of SCHEMAS, with what is forced and what a prompt lookup finds."""
     (decoder, service), (reference, plain) = (embedded(load, "genai", each) for each in (True, False))
     differences = 0
     for schema in SCHEMAS:
@@ -378,10 +379,12 @@ def test_answers_that_conform_to_a_schema_take_a_third_fewer_steps_and_are_the_s
             json.loads(answer.choices[0].text)
     # Several tokens in a step are added up in another order than one by one.
     assert differences <= 1
-    assert decoder.decoded <= 2 / 3 * reference.decoded
+    assert decoder.decoded <= 0.5 * reference.decoded
 
 
-def test_what_a_schema_forces_saves_half_of_the_steps_of_the_answers_that_it_lets_end(load, monkeypatch):
+def test_what_a_schema_forces_saves_half_of_the_steps_of_answers_that_end_and_a_quarter_of_all(load, monkeypatch):
+    """Over SCHEMAS, without a prompt lookup. A fifth of the answers are numbers that go on until their limit, of which
+    nothing is forced; they take half of the steps."""
     monkeypatch.setattr(Drafts, "propose", lambda drafts, most, cost: [])
     (decoder, service), (reference, plain) = (embedded(load, "genai", each) for each in (True, False))
     steps = Counter()
@@ -389,11 +392,11 @@ def test_what_a_schema_forces_saves_half_of_the_steps_of_the_answers_that_it_let
         asked = chat("What is the capital of Spain?", response_format=wrap(schema), max_tokens=40)
         before = decoder.decoded, reference.decoded
         _, expected = (each.start(asked).wait() for each in (service, plain))
-        # The others are numbers without end, of which the schema forces no digit.
-        ended = expected.choices[0].reason == "eos"
-        steps["with", ended] += decoder.decoded - before[0]
-        steps["without", ended] += reference.decoded - before[1]
-    assert steps["with", True] <= 0.55 * steps["without", True]
+        for answers in ("all", expected.choices[0].reason):
+            steps["with", answers] += decoder.decoded - before[0]
+            steps["without", answers] += reference.decoded - before[1]
+    assert steps["with", "eos"] <= 0.52 * steps["without", "eos"]
+    assert steps["with", "all"] <= 0.75 * steps["without", "all"]
     counts = service.statistics()
     assert counts.accepted >= 0.8 * counts.proposed
 

@@ -154,7 +154,7 @@ class Generation:
         return self._piece(token, text)
 
     def propose(self, most: int, cost: float) -> list[int]:
-        """Tokens that are likely to follow `next`: those that the grammar forces, or else those of a prompt lookup.
+        """Tokens that are likely to follow `next`: those that the grammar forces, or those of a prompt lookup if more.
 
         They may be computed in one step with `next`. Nothing of the answer depends on them: it goes on with what
         `accept` samples, and what was computed behind a token that is another one counts for nothing.
@@ -164,11 +164,12 @@ class Generation:
             cost: what one token more takes in a step, as a share of a step of one token.
         """
         most = min(most, self._max_tokens - self.sampled - 1)
-        proposed = [] if self._grammar is None else self._grammar.forced()[: worth(1.0, cost, most)]
-        if not proposed:
-            proposed = self._drafts.propose(most, cost)
-            if self._grammar is not None:
-                del proposed[self._grammar.following(proposed) :]
+        proposed = self._drafts.propose(most, cost)
+        if self._grammar is not None:
+            # What the grammar allows begins with what it forces.
+            del proposed[self._grammar.following(proposed) :]
+            forced = self._grammar.forced()[: worth(1.0, cost, most)]
+            proposed = max(forced, proposed, key=len)
         end = next((place for place, token in enumerate(proposed) if token in self._eos), len(proposed))
         return proposed[:end]
 

@@ -180,7 +180,8 @@ class Grammars:
                 while len(self._compiled) > CACHED:
                     self._compiled.popitem(last=False)
         matcher, other = compiled
-        return Grammar(matcher.deep_copy(), _copy(other), self._text, self.eos, partial(self._discard, source))
+        discard = partial(self._discard, source)
+        return Grammar(matcher.deep_copy(), _copy(other), self._tokenizer, self._text, self.eos, discard)
 
     def _matcher(self, source: str) -> LLMatcher:
         return LLMatcher(self._tokenizer, source, log_level=0, limits=LLParserLimits(verbose_errors=False))
@@ -201,12 +202,14 @@ class Grammar:
         self,
         matcher: LLMatcher,
         usual: LLMatcher | None,
+        tokenizer: LLTokenizer,
         text: np.ndarray,
         eos: list[int],
         discard: Callable[[], None],
     ):
         self._matcher = matcher
         self._usual = usual  # for what has USUAL's white space; None once the answer has not
+        self._tokenizer = tokenizer
         self._text = text
         self._eos = eos
         self._discard = discard
@@ -243,13 +246,16 @@ class Grammar:
         self._next = None
 
     def forced(self) -> list[int]:
-        """The tokens of the only text that may follow, as far as there is no other; none where that is open.
+        """The only text that may follow, as the tokenizer spells it, as far as there is no other; may be empty.
 
-        White space goes on as USUAL has it, where the answer did so far. After each of them the mask decides anew
-        which spelling it allows.
+        White space goes on as USUAL has it, where the answer did so far. The answer may spell the text otherwise: in
+        place of the last token it often has a longer one, which goes on with what is open (`compute_ff_tokens` leaves
+        that out, and with it the quote before each string).
         """
-        usual = [] if self._usual is None else self._usual.compute_ff_tokens()
-        return list(usual or self._matcher.compute_ff_tokens())
+        for matcher in (self._usual, self._matcher):
+            if matcher is not None and (text := matcher.compute_ff_bytes()):
+                return self._tokenizer.tokenize_bytes(text)
+        return []
 
     def following(self, tokens: Sequence[int]) -> int:
         """How many of some tokens may follow, one after the other."""
@@ -257,7 +263,9 @@ class Grammar:
 
     def copy(self) -> "Grammar":
         """An independent grammar in the same state, for another choice of the same request."""
-        return Grammar(self._matcher.deep_copy(), _copy(self._usual), self._text, self._eos, self._discard)
+        return Grammar(
+            self._matcher.deep_copy(), _copy(self._usual), self._tokenizer, self._text, self._eos, self._discard
+        )
 
     @property
     def finished(self) -> bool:
