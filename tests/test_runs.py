@@ -15,6 +15,7 @@ import tracemalloc
 import pytest
 from fakes import TOKENS, FakeDecoder, spell
 
+from phi3_mlflow.runtime import scheduler
 from phi3_mlflow.runtime.answers import Answer
 from phi3_mlflow.runtime.errors import Unavailable
 from phi3_mlflow.runtime.generation import Generation
@@ -230,6 +231,36 @@ def test_after_close_the_text_says_closed(load):
     for refused in (run.wait, lambda: service.start(ask())):
         with pytest.raises(Unavailable, match="the model was closed: load it again"):
             refused()
+
+
+def test_close_ends_what_waits_for_a_decoder_that_does_not_come_back(load, monkeypatch):
+    stuck, back = threading.Event(), threading.Event()
+
+    def on_call(name, slot, ids):
+        if name == "decode":
+            stuck.set()
+            assert back.wait(PATIENCE)
+
+    service = load(says("hello world"), on_call=on_call)
+    events = []
+    running = [service.start(ask(n=2)), service.start(ask(), deliver=events.append)]
+    table = service.run_table([service.prepare(service.parse(ask()))] * 3)
+    assert stuck.wait(PATIENCE)
+    monkeypatch.setattr(scheduler, "_CLOSING", 0.01)
+    service.close()
+    for wait in (running[0].wait, lambda: service.start(ask())):
+        with pytest.raises(Unavailable, match="the model was closed"):
+            wait()
+    outcomes = [str(outcome) for _, outcome in table]
+    assert outcomes == ["the model was closed, and has not come back from its last step: load it again"] * 3
+    assert [str(event) for event in events] == outcomes[:1]
+    assert service.statistics().waiting == 0
+    monkeypatch.undo()
+    back.set()
+    service.close()  # waits until the thread has ended
+    assert len(events) == 1
+    assert running[0].answer.choices[0].text == "hello"
+    assert service._scheduler._decoder.closed
 
 
 def test_statistics_are_of_one_moment_whatever_goes_on(load):

@@ -145,7 +145,8 @@ class Scheduler:
         """Ends every job with an error, the thread and the decoder. Harmless where that has happened.
 
         Args:
-            wait: whether to return when it is done, or after 30 s where the decoder does not come back.
+            wait: whether to return when it is done. Where the decoder does not come back, that is after 30 s, and the
+                jobs are ended all the same.
         """
         if os.getpid() != self._process:
             return
@@ -154,6 +155,21 @@ class Scheduler:
             self._wake.notify()
         if wait and threading.current_thread() is not self._thread:
             self._thread.join(_CLOSING)
+            self._abandon()
+
+    def _abandon(self) -> None:
+        """Ends the jobs of a thread that is in a step of the decoder for good; what else it may say is not heard."""
+        with self._wake:
+            if self._step_began is None:  # it has ended, or is calling somebody back
+                return
+            jobs = [slot.job for slot in self._slots if slot.job is not None]
+            self.counts.failed += self._waiting.unbegun
+            batches = self._waiting.take_all()
+        error = Unavailable("the model was closed, and has not come back from its last step: load it again")
+        for job in jobs:
+            self._tell(job.deliver, error)
+        for batch in batches:
+            self._tell(batch.fail, error)
 
     def _run(self) -> None:
         why = _closed()
