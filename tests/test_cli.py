@@ -122,7 +122,7 @@ def test_a_model_that_fails_is_a_few_lines_without_a_traceback_and_the_conversat
     step, failures = GenaiDecoder.step, [RuntimeError("boom\nand more")]
 
     def failing(self, parts):
-        if failures:
+        if failures and len(parts[0].ids) > 1:  # of a prompt, and not what loading computes
             raise failures.pop()
         return step(self, parts)
 
