@@ -16,7 +16,6 @@ from typing import Any, Protocol, TypeVar
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -25,7 +24,7 @@ from phi3_mlflow.runtime.errors import InvalidRequest, shorten
 from phi3_mlflow.runtime.service import Prepared, Service
 
 from . import bodies, invocations, openai, responses, status, tokenize
-from .errors import HttpError
+from .errors import HttpError, not_allowed, not_found
 from .gate import Gate
 from .keys import Keys
 from .models import Loaded, Models
@@ -134,7 +133,7 @@ class Server:
             middleware.insert(0, cors)
         # Everything else goes through to the gate.
         self.app = Starlette(
-            routes=routes, middleware=middleware, exception_handlers={404: _not_found, 405: _not_allowed}
+            routes=routes, middleware=middleware, exception_handlers={404: not_found, 405: not_allowed}
         )
         # Where a redirect leads to would be what the Host header says.
         self.app.router.redirect_slashes = False
@@ -219,7 +218,7 @@ class Server:
 
     async def _invocations(self, request: HttpRequest) -> Response:
         """MLflow's own route, by MLflow's own app; or as a stream, where the body asks for one."""
-        content = await self._content(request)
+        content = await bodies.content(request, self.limits.body_seconds)
         async with AsyncExitStack() as stack:
             body = invocations.json_object(request.headers.get("content-type"), content) or {}
             named = "model" in body
@@ -333,20 +332,10 @@ class Server:
         record.model, record.model_id, record.service = loaded.name, loaded.model_id, loaded.service
         return loaded, record
 
-    async def _content(self, request: HttpRequest) -> bytes:
-        """The request's body, all of it."""
-        try:
-            async with asyncio.timeout(self.limits.body_seconds):
-                return await request.body()
-        except ClientDisconnect:
-            raise ClientLeft from None
-        except TimeoutError:
-            problem = f"the body has not arrived within {self.limits.body_seconds:g} seconds"
-            raise HttpError(408, problem, code="request_timeout") from None
-
     async def _body(self, request: HttpRequest) -> dict[str, Any]:
         """The request's body as an object."""
-        return bodies.json_object(request.headers.get("content-type"), await self._content(request))
+        content = await bodies.content(request, self.limits.body_seconds)
+        return bodies.json_object(request.headers.get("content-type"), content)
 
     async def _list(self, request: HttpRequest) -> Response:
         return JsonResponse({"object": "list", "data": self.models.list()})
@@ -402,11 +391,3 @@ class Server:
 
 def _headers(record: Record) -> dict[str, str]:
     return {} if record.trace_id is None else {"x-mlflow-trace-id": record.trace_id}
-
-
-async def _not_found(request: HttpRequest, error: Exception) -> Response:
-    return HttpError(404, f"there is nothing at {shorten(request.url.path)}", code="not_found").response()
-
-
-async def _not_allowed(request: HttpRequest, error: Exception) -> Response:
-    return HttpError(405, f"{request.method} is not taken at {request.url.path}", code="method_not_allowed").response()

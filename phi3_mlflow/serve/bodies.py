@@ -1,12 +1,32 @@
-"""Bodies of requests as JSON objects. Knows nothing of what they mean."""
+"""Bodies of requests: read, and as JSON objects. Knows nothing of what they mean."""
 
+import asyncio
 import json
 import math
 from typing import Any
 
+from starlette.requests import ClientDisconnect, Request
+
 from phi3_mlflow.runtime.errors import shorten
 
 from .errors import HttpError
+from .streams import ClientLeft
+
+
+async def content(request: Request, seconds: float) -> bytes:
+    """A request's body, all of it.
+
+    Raises:
+        ClientLeft: before its end.
+        HttpError: it has not arrived in so many seconds.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            return await request.body()
+    except ClientDisconnect:
+        raise ClientLeft from None
+    except TimeoutError:
+        raise HttpError(408, f"the body has not arrived within {seconds:g} seconds", code="request_timeout") from None
 
 
 def json_object(content_type: str | None, content: bytes) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from phi3_mlflow.runtime.errors import Busy, InvalidRequest, Phi3Error, Unavailable
+from starlette.requests import Request
+
+from phi3_mlflow.runtime.errors import Busy, InvalidRequest, Phi3Error, Unavailable, shorten
 
 from .wire import JsonResponse
 
@@ -63,3 +65,13 @@ def http_error(error: Exception) -> HttpError:
         return HttpError(503, str(error), kind="server_error", code="unavailable", retry_after=5)
     message = "the model failed while it answered; the server's log says why"
     return HttpError(500, message, kind="server_error", code="internal_error")
+
+
+async def not_found(request: Request, error: Exception) -> JsonResponse:
+    """What is told where there is no route."""
+    return HttpError(404, f"there is nothing at {shorten(request.url.path)}", code="not_found").response()
+
+
+async def not_allowed(request: Request, error: Exception) -> JsonResponse:
+    """What is told where a route takes another method."""
+    return HttpError(405, f"{request.method} is not taken at {request.url.path}", code="method_not_allowed").response()
