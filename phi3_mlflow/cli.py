@@ -3,8 +3,6 @@
 import json
 import logging
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import click
 
 import phi3_mlflow
 from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error
+from phi3_mlflow.verbs import as_json_option, emit
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -21,9 +20,11 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 # Verbs that have a package of their own, with a module `cli` in it.
 _ELSEWHERE = {
     "azure": "azure",
+    "bench": "bench",
     "chat": "chat",
     "compare": "compare",
     "containerize": "containers",
+    "log": "builders",
     "serve": "serve",
 }
 
@@ -75,8 +76,9 @@ def _searched(error: Exception) -> str:
 
 def main() -> None:
     """The entry point of `phi3-mlflow`."""
-    # Nothing is reported that nobody asked to be; MLflow reads this when it is imported.
+    # Nothing is reported that nobody asked to be, and MLflow tells no steps; it reads these when it is imported.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     cli(prog_name="phi3-mlflow")
 
 
@@ -112,7 +114,7 @@ def pull(weights: str, form: str | None, revision: str | None) -> None:
     from phi3_mlflow.weights import resolve
 
     onnx = form == "onnx" or (form is None and ("-onnx" in weights or Path(weights, "genai_config.json").exists()))
-    click.echo(resolve(weights, "onnx" if onnx else "transformers", revision=revision).folder)
+    emit(str(resolve(weights, "onnx" if onnx else "transformers", revision=revision).folder))
 
 
 @cli.command()
@@ -120,7 +122,7 @@ def pull(weights: str, form: str | None, revision: str | None) -> None:
 @click.option("--public-key", type=_FILE, metavar="FILE", help="Check the signature with this key (PEM).")
 @click.option("--certificate", type=_FILE, metavar="FILE", multiple=True, help="Or with this certificate. Repeatable.")
 @click.option("--signature", type=_FILE, metavar="FILE", help="Where it is.  [default: model.sig in the model]")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of the table.")
+@as_json_option
 @click.pass_context
 def verify(
     context: click.Context,
@@ -145,9 +147,9 @@ def verify(
     failed = any(check.status == "failed" for check in checks)
     if as_json:
         listed = [{"name": check.name, "status": check.status, "detail": check.detail} for check in checks]
-        click.echo(json.dumps({"model": model, "ok": not failed, "checks": listed}, indent=2))
+        emit(json.dumps({"model": model, "ok": not failed, "checks": listed}, indent=2))
     else:
-        click.echo(table(checks))
+        emit(table(checks))
     context.exit(1 if failed else 0)
 
 
@@ -172,7 +174,7 @@ def verify(
 @click.option("--check/--no-check", default=True, show_default=True, help="Compare the result with transformers.")
 @click.option("--text", type=_FILE, metavar="FILE", help="What both read for that.  [default: a text of the toolkit's]")
 @click.option("--max-perplexity-rise", type=float, metavar="PERCENT", help="Exit with 1 where the check finds more.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of the table.")
+@as_json_option
 @click.pass_context
 def quantize(
     context: click.Context,
@@ -204,223 +206,7 @@ def quantize(
     found = evidence.read(folder)
     assert found is not None
     if as_json:
-        click.echo(json.dumps({"folder": str(folder), **found.to_dict()}, indent=2))
+        emit(json.dumps({"folder": str(folder), **found.to_dict()}, indent=2))
     else:
-        if found.check:
-            click.echo(evidence.table(found) + "\n")
-        click.echo(folder)
+        emit(f"{evidence.table(found)}\n\n{folder}" if found.check else str(folder))
     context.exit(0 if found.check is None or found.check.passed else 1)
-
-
-@cli.group()
-def log() -> None:
-    """Log (and register) a model, print its URI."""
-
-
-def _log_options(command: Callable[..., None]) -> Callable[..., None]:
-    for option in reversed(
-        [
-            click.option("--revision", help="A branch, tag or commit of the hub repository. Default: the pinned one."),
-            click.option(
-                "--task",
-                type=click.Choice(["llm/v1/chat", "llm/v1/completions", "flat"]),
-                help="Default: llm/v1/chat; flat has text columns in and text out.",
-            ),
-            click.option(
-                "--target",
-                type=click.Choice(["mlflow", "azure"]),
-                default="mlflow",
-                show_default=True,
-                help="azure: the flat task and what Azure ML's no-code image needs.",
-            ),
-            click.option("--reference", is_flag=True, help="Hold no weights: name the hub's commit and their hashes."),
-            click.option("--raw", is_flag=True, help="Other tasks: take prompts as they are, without chat template."),
-            click.option(
-                "--chat-template",
-                type=click.Path(exists=True, dir_okay=False, path_type=Path),
-                help="A file with a Jinja template in place of the weights' own.",
-            ),
-            click.option(
-                "-c",
-                "--config",
-                multiple=True,
-                metavar="NAME=VALUE",
-                help="A default of the model, such as temperature=0.7 or context_length=2048. Repeatable.",
-            ),
-            click.option("--name", default="", help="Name of the logged model."),
-            click.option("--register", default="", metavar="NAME", help="Register a version under this name."),
-            click.option("--alias", default="", help="Alias for that version; models:/NAME@ALIAS then finds it."),
-            click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of the URI."),
-        ]
-    ):
-        command = option(command)
-    return command
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise click.UsageError(f"{file} cannot be read as text: {error}") from error
-
-
-def _log(*asked: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Logs models: all of them are checked before the first download, and downloaded before the first is logged."""
-    import mlflow
-
-    from phi3_mlflow.builders import onnx, transformers
-    from phi3_mlflow.builders import plan as build
-    from phi3_mlflow.runtime.snapshots import Reference
-
-    plans = []
-    for builder, options in asked:
-        if options["raw"] and options["task"] in (None, "llm/v1/chat") and options["target"] == "mlflow":
-            raise click.UsageError("--raw needs --task llm/v1/completions or --task flat: a chat has its template")
-        planned = (onnx if builder == "onnx" else transformers).plan(
-            options["weights"],
-            revision=options["revision"] or None,
-            task=options["task"],
-            target=options["target"],
-            reference=options["reference"],
-            template=not options["raw"],
-            chat_template=options["chat_template"] and _text(options["chat_template"]),
-            model_config=parse_config(options["config"]),
-        )
-        entry = build.Entry(
-            name=options["name"] or f"phi3-{builder}",
-            registered_model_name=options["register"] or None,
-            alias=options["alias"] or None,
-        )
-        plans.append((planned, entry))
-    build.check(*plans)
-    for planned, _ in plans:
-        planned.source.fetch()
-    results = []
-    for (builder, _), (planned, entry) in zip(asked, plans, strict=True):
-        info = build.log(planned, entry)
-        result: dict[str, Any] = {"builder": builder, "model_uri": info.model_uri, "run_id": info.run_id}
-        result["tracking_uri"] = mlflow.get_tracking_uri()
-        if planned.reference:
-            found = planned.source.fetch()
-            result["pull"] = Reference(found.source, str(found.revision), builder).command  # type: ignore[arg-type]
-        if entry.registered_model_name:
-            result["registered"] = f"models:/{entry.registered_model_name}/{info.registered_model_version}"
-        results.append(result)
-    return results
-
-
-def _log_and_print(as_json: bool, *asked: tuple[str, dict[str, Any]]) -> None:
-    from phi3_mlflow.bars import no_bars
-
-    with no_bars() if as_json else nullcontext():
-        results = _log(*asked)
-    if as_json:
-        click.echo(json.dumps(results[0] if len(results) == 1 else results, indent=2))
-        return
-    for result in results:
-        click.echo(result["model_uri"])
-        if "registered" in result:
-            click.echo(f"Registered as {result['registered']}", err=True)
-        click.echo(f"Logged to {result['tracking_uri']}", err=True)
-        if "pull" in result:
-            click.echo(f"It holds no weights; other machines need them first:  {result['pull']}", err=True)
-        click.echo(f"Serve it:  mlflow models serve -m {result['model_uri']} -p 5000 --env-manager local", err=True)
-
-
-@log.command("transformers")
-@click.option("--weights", default="embedded", show_default=True, help="embedded, a folder, or a Hugging Face id.")
-@_log_options
-def log_transformers(as_json: bool, **options: Any) -> None:
-    """Log a transformers pipeline.
-
-    \b
-    Example:
-      phi3-mlflow log transformers --weights microsoft/Phi-3-mini-4k-instruct --register phi3 --alias champion
-    """
-    _log_and_print(as_json, ("transformers", options))
-
-
-@log.command("onnx")
-@click.option("--weights", default="embedded", show_default=True, help="embedded, a folder, or a Hugging Face id.")
-@_log_options
-def log_onnx(as_json: bool, **options: Any) -> None:
-    """Log an int4 ONNX model; needs no torch.
-
-    \b
-    Example:
-      phi3-mlflow log onnx --weights microsoft/Phi-3-mini-4k-instruct-onnx -c temperature=0.7
-    """
-    _log_and_print(as_json, ("onnx", options))
-
-
-@log.command("both")
-@click.option("--transformers-weights", default="embedded", show_default=True, help="For the transformers model.")
-@click.option("--onnx-weights", default="embedded", show_default=True, help="For the ONNX model.")
-@_log_options
-def log_both(transformers_weights: str, onnx_weights: str, as_json: bool, **options: Any) -> None:
-    """Log one model of each kind; --name and --register get -transformers and -onnx appended.
-
-    \b
-    Example:
-      phi3-mlflow log both --register phi3
-    """
-    asked = []
-    for builder, weights in (("transformers", transformers_weights), ("onnx", onnx_weights)):
-        named = {key: f"{options[key]}-{builder}" if options[key] else "" for key in ("name", "register")}
-        asked.append((builder, {**options, **named, "weights": weights}))
-    _log_and_print(as_json, *asked)
-
-
-@cli.command()
-@click.argument("model", required=False)
-@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Of each prompt.")
-@click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Of each answer.")
-@click.option("--concurrency", default="1,2,4,8", show_default=True, help="Requests at once; 1 is always measured.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="The table has their medians.")
-@click.option("--prefix", type=click.IntRange(1), default=400, show_default=True, help="Tokens that two prompts share.")
-@click.option("--parallel", type=click.IntRange(1, 64), help="Load the model with this setting in place of its own.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.png", help="Draw the numbers.")
-@click.option("--log", "logged", is_flag=True, help="Log an MLflow run with the numbers, the plot and the table.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of the table.")
-def bench(
-    model: str | None,
-    concurrency: str,
-    parallel: int | None,
-    plot: Path | None,
-    logged: bool,
-    as_json: bool,
-    **sizes: int,
-) -> None:
-    """Measure a logged model, or the embedded one: first token, tokens/s, memory.
-
-    MODEL is any model URI of MLflow: models:/NAME@alias, models:/m-..., runs:/..., or a folder.
-    It is loaded in this process; nothing else should run meanwhile.
-
-    \b
-    Examples:
-      phi3-mlflow bench
-      phi3-mlflow bench models:/phi3@champion --parallel 8 --plot phi3.png --log
-    """
-    from phi3_mlflow.bench import measure as benchmark
-    from phi3_mlflow.bench.report import table
-
-    plan = benchmark.Plan(concurrency=benchmark.parse_concurrency(concurrency), **sizes)
-    result = benchmark.run(model, plan, parallel=parallel, plot=plot, log=logged)
-    click.echo(json.dumps(result, indent=2) if as_json else table(result))
-    if logged and not as_json:
-        click.echo(f"\nrun {result['run_id']}")
-
-
-def parse_config(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """NAME=VALUE pairs; a value is JSON where it can be, else text; an empty value means not given."""
-    config = {}
-    for pair in pairs:
-        name, separator, value = pair.partition("=")
-        if not separator:
-            raise click.UsageError(f"{pair!r} is not of the form NAME=VALUE")
-        if value:
-            try:
-                config[name] = json.loads(value)
-            except ValueError:
-                config[name] = value
-    return config

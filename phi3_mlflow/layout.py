@@ -46,6 +46,11 @@ def short(number: float) -> str:
     return f"{number:.0f}" if number >= 100 else f"{number:.3g}" if number >= 1 else f"{number:.2g}"
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things, such as `1 question` or `2 questions`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def name_axes(axes: "Axes", title: str, x: str, y: str) -> None:
     """Gives a plot its title, the names of its axes, and the look that all have."""
     axes.set_title(title, fontsize=11)

@@ -8,6 +8,7 @@ from pathlib import Path
 import mlflow.pyfunc
 from mlflow.pyfunc import PyFuncModel
 
+from phi3_mlflow import uris
 from phi3_mlflow.runtime import mlmodel
 from phi3_mlflow.runtime.errors import Phi3Error
 from phi3_mlflow.serve import folders
@@ -17,10 +18,7 @@ from phi3_mlflow.serve import folders
 def given_or_embedded(model_uri: str | None) -> Iterator[str]:
     """The URI itself, or where there is none that of the embedded ONNX model, saved for as long as the block lasts."""
     if model_uri is not None:
-        if ":" not in model_uri and not Path(model_uri).exists():
-            raise Phi3Error(
-                f"there is no folder {Path(model_uri).absolute()}; a model URI begins with models:/ or runs:/"
-            )
+        uris.check(model_uri)
         yield model_uri
         return
     from phi3_mlflow.builders import onnx

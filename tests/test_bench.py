@@ -176,6 +176,32 @@ def test_a_plot_that_cannot_be_written_is_told_before_anything_is_measured(tmp_p
     assert "long.png" in result.stderr
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_plot_that_cannot_be_written_at_the_end_costs_no_numbers(saved, tmp_path):
+    plot = tmp_path / "full.png"
+    plot.symlink_to("/dev/full")
+
+    result = bench(saved["onnx"], *TINY, "--plot", plot)
+
+    assert result.exit_code == 1
+    assert "| requests at once |" in result.stdout
+    assert f"Error: the plot {plot} could not be written: [Errno 28] No space left on device\n" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_run_that_cannot_be_logged_at_the_end_costs_no_numbers(saved, monkeypatch):
+    def lost(*_):
+        raise mlflow.MlflowException("the store is gone")
+
+    monkeypatch.setattr("phi3_mlflow.bench.measure.log_run", lost)
+
+    result = bench(saved["onnx"], *TINY, "--log", "--json")
+
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["concurrency"][0]["requests"] == 1
+    assert result.stderr.splitlines()[-1] == "Error: what was measured is not in MLflow: the store is gone"
+
+
 def test_a_plot_is_a_png(saved, tmp_path):
     result = bench(saved["onnx"], *TINY, "--plot", tmp_path / "bench.png")
 

@@ -5,6 +5,7 @@ Run: pytest tests/test_cli.py
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,8 +64,57 @@ def test_log_both_registers_each_under_its_own_name():
     assert result.exit_code == 0, result.stderr
     logged = json.loads(result.stdout)
     assert [model["registered"] for model in logged] == ["models:/cli-pair-transformers/1", "models:/cli-pair-onnx/1"]
+    assert [model["alias"] for model in logged] == ["models:/cli-pair-transformers@new", "models:/cli-pair-onnx@new"]
     client = mlflow.MlflowClient()
     assert client.get_model_version_by_alias("cli-pair-onnx", "new").version in (1, "1")
+
+
+def test_log_says_the_alias_of_what_it_registers():
+    result = run("log", "onnx", "--register", "cli-named", "--alias", "new")
+
+    assert result.exit_code == 0, result.stderr
+    assert "Registered as models:/cli-named/1, which is models:/cli-named@new" in result.stderr.splitlines()
+
+
+def test_ctrl_c_while_the_second_of_two_is_registered_leaves_the_first_and_says_so(monkeypatch):
+    name, alias = mlflow.MlflowClient.set_registered_model_alias, []
+
+    def interrupted(*arguments):
+        alias.append(arguments)
+        if len(alias) == 2:
+            raise KeyboardInterrupt
+        name(*arguments)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "set_registered_model_alias", interrupted)
+    result = run("log", "both", "--register", "cli-cut", "--alias", "new")
+
+    assert (result.exit_code, result.stdout) == (1, "")
+    told, aborted = filter(None, result.stderr.splitlines())
+    assert re.fullmatch(
+        r"What stands: models:/m-\w+ \(transformers, registered as models:/cli-cut-transformers/1, which is "
+        r"models:/cli-cut-transformers@new\), models:/m-\w+ \(onnx, logged and not registered\)",
+        told,
+    )
+    assert aborted == "Aborted!"
+    assert mlflow.MlflowClient().search_model_versions("name = 'cli-cut-onnx'") == []
+
+
+OUTPUTS = {"a full disk": (">/dev/full", "No space left on device"), "a reader that is gone": ("| true", "Broken pipe")}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("what", OUTPUTS)
+def test_a_result_that_the_output_does_not_take_is_on_stderr(what):
+    output, problem = OUTPUTS[what]
+    # Slower than the reader of the pipe is to end.
+    command = f"{{ sleep 1; {sys.executable} -m phi3_mlflow pull embedded; echo $? >&2; }} {output}"
+
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+
+    folder, error, status = done.stderr.splitlines()
+    assert Path(folder, "model.safetensors").is_file()
+    assert error == f"Error: the output takes nothing ({problem}); the result stands above"
+    assert status == "1"
 
 
 @pytest.mark.parametrize("builder", ["transformers", "onnx"])
@@ -239,18 +289,44 @@ def test_chat_with_a_model_of_another_task_says_so(tmp_path):
         (["log", "onnx", "-c", "temperature"], 2, "'temperature' is not of the form NAME=VALUE"),
         (["log", "onnx", "-c", "heat=9"], 2, "`heat` is not a setting of the model"),
         (["log", "onnx", "--task", "chat"], 2, "'chat' is not one of"),
-        (["log", "onnx", "--alias", "x"], 1, "the alias 'x' needs a registered model"),
+        (["log", "onnx", "--alias", "x"], 2, "--alias needs --register"),
         (["log", "onnx", "--weights", "no/such/place/at-all"], 1, "no/such"),
         (["log", "onnx", "--weights", "./nowhere"], 1, "nowhere"),
         (["log", "transformers", "--weights", str(ROOT / "artifacts" / "onnx")], 1, "holds an ONNX model"),
         (["quantize", "./nowhere", "./out"], 1, "nowhere"),
         (["chat", "models:/nothing@here", "-p", "x"], 1, "name=nothing not found (looked for in sqlite:///"),
         (["chat", "models:/m-0", "-p", "x"], 1, "MLFLOW_TRACKING_URI names another store"),
-        (["chat", "./nowhere", "-p", "x"], 1, "there is no folder "),
+        (
+            ["chat", "./nowhere", "-p", "x"],
+            1,
+            f"there is no folder {Path('nowhere').absolute()}; a model is given as a",
+        ),
+        (
+            ["chat", __file__, "-p", "x"],
+            1,
+            f"{__file__} is a file, and a model is a folder; a model is given as a folder",
+        ),
+        (["chat", "phi3:1", "-p", "x"], 1, "; a model is given as a folder, models:/NAME@ALIAS, models:/NAME/VERSION"),
+        (["verify", "./nowhere"], 1, f"there is no folder {Path('nowhere').absolute()}; a model is given as a folder"),
+        (
+            ["serve", "nowhere", "-p", "0"],
+            1,
+            f"`nowhere` cannot be loaded: there is no folder {Path('nowhere').absolute()};",
+        ),
+        (["bench", "nowhere"], 1, f"there is no folder {Path('nowhere').absolute()}; a model is given as a folder"),
+        (
+            ["containerize", "nowhere", "out"],
+            1,
+            f"there is no folder {Path('nowhere').absolute()}; a model is given as",
+        ),
         (["chat", "-p", "-"], 2, "the prompt is empty"),
         (["log", "onnx", "--raw"], 2, "--raw needs --task"),
         (["log", "both", "--raw", "--task", "llm/v1/chat"], 2, "--raw needs --task"),
-        (["log", "onnx", "-c", "task=flat"], 2, "`task` has no place in model_config; choose it with"),
+        (["log", "onnx", "-c", "task=flat"], 2, "-c task: it is no setting of a model; --task chooses it"),
+        (["log", "onnx", "-c", "template=false"], 2, "-c template: it is no setting of a model; --raw leaves it out"),
+        (["log", "onnx", "--raw", "--task", "flat", "--chat-template", __file__], 2, "--raw takes prompts as they are"),
+        (["log", "onnx", "--reference", "--chat-template", __file__], 2, "--reference and --chat-template: "),
+        (["log", "onnx", "--reference"], 1, "no other machine finds phi3_mlflow embedded model, so that no model can"),
         (["log", "onnx", "--register", "a/b"], 1, "the name 'a/b' of the registered model is not allowed"),
         (["log", "onnx", "--register", "a", "--alias", "v1"], 1, "the alias 'v1' is not allowed"),
         (["chat", "--json"], 2, "--json needs -p"),
@@ -261,7 +337,13 @@ def test_chat_with_a_model_of_another_task_says_so(tmp_path):
         (["chat", "-p", "x", "-o", "n=2"], 2, "n above 1 needs -p and --json"),
         (["chat", "--model", "phi3"], 2, "--model needs --url"),
         (["chat", "./model", "--url", "http://127.0.0.1:1"], 2, "with --url give --model"),
-        (["chat", "--url", "127.0.0.1:8000", "-p", "x"], 1, "'127.0.0.1:8000' is no address of a server"),
+        (["chat", "--url", "127.0.0.1:1", "-p", "x"], 1, "there is no server at http://127.0.0.1:1/v1"),
+        (["chat", "--url", "localhost:1/v1/", "-p", "x"], 1, "there is no server at http://localhost:1/v1"),
+        (
+            ["chat", "--url", "models.example:1", "-p", "x"],
+            1,
+            "one begins with http:// or https://, such as http://127",
+        ),
         (["chat", "--url", "http://a:secret@127.0.0.1:1", "-p", "x"], 1, "the address holds a password"),
         (["chat", "--url", "http://127.0.0.1:1", "-p", "x"], 1, "there is no server at http://127.0.0.1:1/v1"),
     ],

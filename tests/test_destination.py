@@ -5,6 +5,7 @@ Run: pytest tests/test_destination.py
 
 import errno
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -19,6 +20,7 @@ from hub import Hub
 from huggingface_hub import constants
 from mlflow.entities import LoggedModelStatus
 
+from phi3_mlflow import cards
 from phi3_mlflow.builders import destination, onnx, transformers
 from phi3_mlflow.builders.common import BuildError
 from phi3_mlflow.cli import cli
@@ -158,6 +160,32 @@ def test_of_two_models_both_are_checked_before_the_first_is_logged(store):
     assert result.exit_code == 1
     assert "nowhere" in result.stderr
     assert models(store) == []
+    assert mlflow.MlflowClient().search_registered_models() == []
+
+
+@pytest.mark.parametrize(
+    ("at", "left", "told"),
+    [
+        (1, ["FAILED"], "nothing was logged or registered"),
+        (2, ["FAILED", "READY"], r"models:/m-\w+ \(transformers, logged and not registered\)"),
+    ],
+)
+def test_ctrl_c_leaves_no_model_that_is_pending_and_registers_none(store, monkeypatch, at, left, told):
+    facts, calls = cards.facts, []
+
+    def interrupted(*arguments: Path) -> dict[str, str]:
+        calls.append(arguments)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return facts(*arguments)
+
+    monkeypatch.setattr(cards, "facts", interrupted)
+    result = CliRunner().invoke(cli, ["log", "both", "--register", "phi3"])
+
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert re.fullmatch(f"What stands: {told}\n\nAborted!\n", result.stderr)
+    assert sorted(model.status.value for model in models(store)) == left
+    assert len(list(store.rglob("MLmodel"))) == at - 1
     assert mlflow.MlflowClient().search_registered_models() == []
 
 

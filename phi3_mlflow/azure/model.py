@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+from phi3_mlflow import uris
 from phi3_mlflow.azure.errors import AzureError
 from phi3_mlflow.runtime import manifest, mlmodel, snapshots
 from phi3_mlflow.runtime.errors import FormatError, shorten
@@ -136,8 +137,9 @@ def opened(uri: str) -> Iterator[LoggedModel]:
     when the block ends.
 
     Raises:
-        AzureError: MLflow does not know the URI, or what it leads to is no model.
+        Phi3Error: there is no such folder, MLflow does not know the URI, or what it leads to is no model.
     """
+    uris.check(uri)
     with tempfile.TemporaryDirectory(prefix="phi3-azure-") as temporary:
         yield read(*_resolve(uri, temporary))
 

@@ -8,7 +8,7 @@ caller's thread in bursts, so that single gaps say little.
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -24,6 +24,7 @@ from phi3_mlflow.bench.report import figure, log_run
 from phi3_mlflow.bench.requests import Answer, Requests, Subject, subject
 from phi3_mlflow.machine import forget_peak, machine, peak
 from phi3_mlflow.runtime.errors import InvalidRequest, shorten
+from phi3_mlflow.unfinished import Unfinished
 
 _NEW = 16  # tokens behind the shared part of a prompt
 _LEAST_DIGITS = 8  # of a prompt; fewer would soon repeat
@@ -194,6 +195,7 @@ def run(
 
     Raises:
         InvalidRequest: a size does not fit the model, or the model cannot do `parallel`.
+        Unfinished: the numbers could not be logged, or the plot not be written; has the result.
         Phi3Error: the model cannot be measured.
     """
     if plot is not None:
@@ -201,41 +203,58 @@ def run(
     if log:
         # A store that cannot be reached should not cost the numbers, nor the client's own memory be the model's.
         tracking.check()
-    with ExitStack() as stack:
-        found, memory = stack.enter_context(subject(model_uri, parallel))
-        check(plan, found)
-        name = found.config["name"]
-        # With a tracking server, MLflow prints the run's address on stdout.
-        stack.enter_context(redirect_stdout(sys.stderr))
-        active = stack.enter_context(mlflow.start_run(run_name=f"bench {name}")) if log else None
-        forget_peak()
-        total = plan.rounds * (sum(plan.concurrency) + len(_PREFIX_CASES))
-        with tqdm(total=total, desc="bench", unit=" answers", delay=2, mininterval=1, leave=False) as bar:
-            measured = measure(found, plan, bar.update)
-        engine = measured.pop("engine")
-        result = {
-            "model": {
-                "uri": model_uri or "embedded",
-                "name": name,
-                "task": found.task,
-                "builder": found.builder,
-                "engine": engine,
-                "parallel": int(found.config.get("parallel") or 1),
-                "context_length": found.context_length,
-                "threads": found.config.get("threads"),
-                "prefix_reuse": found.config.get("prefix_reuse") or "exact",
-                "kv_budget": found.config.get("kv_budget"),
-            },
-            "machine": machine(),
-            "versions": {package: version(package) for package in _PACKAGES[engine or found.builder]},
-            "settings": {**asdict(plan), "concurrency": ",".join(map(str, plan.concurrency))},
-            **measured,
-            "memory": {**memory, "peak_bytes": peak()},
-        }
-        if plot is not None:
+    result: dict[str, Any] | None = None
+    try:
+        with ExitStack() as stack:
+            found, memory = stack.enter_context(subject(model_uri, parallel))
+            check(plan, found)
+            # With a tracking server, MLflow prints the run's address on stdout.
+            stack.enter_context(redirect_stdout(sys.stderr))
+            stack.enter_context(tracking.impatient())
+            run_name = f"bench {found.config['name']}"
+            active = stack.enter_context(mlflow.start_run(run_name=run_name)) if log else None
+            result = _result(found, plan, model_uri or "embedded", memory)
+            if active is not None:
+                model_id = found.model.model_id
+                log_run(result, model_id if tracking.known(model_id) else None)
+                result["run_id"] = active.info.run_id
+    except Exception as error:
+        if result is None:
+            raise
+        # Where the store is gone, the run cannot be ended either, and that says less.
+        raise Unfinished("what was measured is not in MLflow: ", error, result) from error
+    if plot is not None:
+        try:
             figure(result).savefig(plot)
-        if active is not None:
-            model_id = found.model.model_id
-            log_run(result, model_id if tracking.known(model_id) else None)
-            result["run_id"] = active.info.run_id
+        except Exception as error:
+            plot.unlink(missing_ok=True)
+            raise Unfinished(f"the plot {plot} could not be written: ", error, result) from error
     return result
+
+
+def _result(found: Subject, plan: Plan, uri: str, memory: Mapping[str, int | None]) -> dict[str, Any]:
+    """What `run` returns, measured."""
+    forget_peak()
+    total = plan.rounds * (sum(plan.concurrency) + len(_PREFIX_CASES))
+    with tqdm(total=total, desc="bench", unit=" answers", delay=2, mininterval=1, leave=False) as bar:
+        measured = measure(found, plan, bar.update)
+    engine = measured.pop("engine")
+    return {
+        "model": {
+            "uri": uri,
+            "name": found.config["name"],
+            "task": found.task,
+            "builder": found.builder,
+            "engine": engine,
+            "parallel": int(found.config.get("parallel") or 1),
+            "context_length": found.context_length,
+            "threads": found.config.get("threads"),
+            "prefix_reuse": found.config.get("prefix_reuse") or "exact",
+            "kv_budget": found.config.get("kv_budget"),
+        },
+        "machine": machine(),
+        "versions": {package: version(package) for package in _PACKAGES[engine or found.builder]},
+        "settings": {**asdict(plan), "concurrency": ",".join(map(str, plan.concurrency))},
+        **measured,
+        "memory": {**memory, "peak_bytes": peak()},
+    }

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import mlflow
 
 from phi3_mlflow import cards
-from phi3_mlflow.layout import BLUE, GREY, ORANGE, markdown, name_axes, short, size, time
+from phi3_mlflow.layout import BLUE, GREY, ORANGE, counted, markdown, name_axes, short, size, time
 from phi3_mlflow.machine import line
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def table(result: Mapping[str, Any]) -> str:
     parts = [
         describe(result),
         f"Prompts of {result['concurrency'][0]['prompt_tokens']} tokens, answers of {settings['tokens']}, medians of "
-        f"{settings['rounds']} round{'' if settings['rounds'] == 1 else 's'}:",
+        f"{counted(settings['rounds'], 'round')}:",
         markdown(["requests at once", "tokens/s in all", "first token", "worst", "per token"], requests),
         markdown([f"prompt of {prefix['prompt_tokens']} tokens", "first token", "tokens cached"], prefixes),
         markdown(["memory", "of the process"], [[text, size(result["memory"][key])] for key, text in _MEMORY.items()]),

@@ -236,7 +236,7 @@ def _checked(start: float, arrivals: Sequence[float], last: Mapping[str, Any], t
     if usage["completion_tokens"] != tokens or not arrivals:
         raise Phi3Error(
             f"an answer ended ({', '.join(custom.get('stop_reason', []))}) after {usage['completion_tokens']} tokens "
-            f"and should have {tokens}; a default in the model's model_config may be the reason"
+            f"and should have {tokens}; a default that the model was logged with may be the reason"
         )
     cached = custom.get("cached_tokens", 0)
     return Answer(start, arrivals[0], arrivals[-1], usage["prompt_tokens"], tokens, cached, custom.get("engine"))

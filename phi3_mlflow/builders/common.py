@@ -201,7 +201,8 @@ def check_reference(reference: bool, source: Source, chat_template: str | None) 
         raise BuildError(f"reference is {shorten(reference)}; it must be True or False")
     if reference and not source.on_hub:
         raise BuildError(
-            f"reference is True, and no other machine finds {source.name}: give a Hugging Face id, or leave it out"
+            f"no other machine finds {source.name}, so that no model can refer to it: give a Hugging Face id, or leave "
+            "the reference out"
         )
     if reference and chat_template is not None:
         raise BuildError("reference is True, and a chat_template of your own is a part of the weights: leave one out")

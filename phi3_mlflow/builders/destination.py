@@ -17,8 +17,7 @@ from mlflow.entities import LoggedModelStatus
 from mlflow.entities.model_registry import PromptVersion
 from mlflow.environment_variables import MLFLOW_RUN_ID
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model
-from mlflow.tracking.fluent import _get_experiment_id
+from mlflow.tracking.fluent import _get_experiment_id, _last_logged_model_id
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
 from mlflow.utils.validation import (
@@ -177,17 +176,31 @@ def check_space(sources: Sequence[Source], folders: Sequence[Path | None], *, te
             )
 
 
-def folder_of(models: Sequence[Model]) -> Path | None:
+def given_up(before: str | None) -> Path | None:
     """The folder with the files of a model that could not be logged, where that is on this machine.
 
-    A model that is whole and could only not be registered keeps its files.
+    MLflow marks such a model as failed where an exception ended it, and leaves it pending after Ctrl-C; here it is
+    marked then too. A model that is whole keeps its files.
+
+    Args:
+        before: the id of the last model that was begun by this thread before that one, see `last_begun`.
     """
-    for model in models:
-        logged = mlflow.MlflowClient().get_logged_model(str(model.model_id))
-        folder = local_folder(logged.artifact_location)
-        if logged.status != LoggedModelStatus.READY and folder is not None:
-            return folder
-    return None
+    model_id = last_begun()
+    if model_id in (None, before):
+        return None
+    client = mlflow.MlflowClient()
+    logged = client.get_logged_model(str(model_id))
+    if logged.status == LoggedModelStatus.READY:
+        return None
+    if logged.status == LoggedModelStatus.PENDING:
+        client.finalize_logged_model(logged.model_id, LoggedModelStatus.FAILED)
+    return local_folder(logged.artifact_location)
+
+
+def last_begun() -> str | None:
+    """The id of the last model that this thread began to log."""
+    model_id: str | None = _last_logged_model_id.get()
+    return model_id
 
 
 def local_folder(location: str) -> Path | None:

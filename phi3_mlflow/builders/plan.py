@@ -5,7 +5,7 @@ Knows the order of the steps; what a builder writes is in its own module, where 
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -134,10 +134,23 @@ def _check_types(entry: Entry) -> None:
             raise BuildError(f"the argument prompts has {shorten(prompt)}; each must be an MLflow prompt or its URI")
 
 
-def log(plan: Plan, entry: Entry) -> ModelInfo:
-    """Logs a model, and registers it where the entry has a name for that. The alias is set last.
+@dataclass(frozen=True)
+class Logged:
+    """A model that is whole in the tracking store, and not registered yet.
 
-    The model's page gets its facts as params and tags, and the registered version a card as its description.
+    Attributes:
+        info: MLflow's description.
+        facts: those of its page, see `cards.facts`.
+        size: bytes.
+    """
+
+    info: ModelInfo
+    facts: Mapping[str, str]
+    size: int
+
+
+def log(plan: Plan, entry: Entry) -> ModelInfo:
+    """Logs a model, and registers it where the entry has a name for that.
 
     Returns:
         MLflow's description.
@@ -147,6 +160,16 @@ def log(plan: Plan, entry: Entry) -> ModelInfo:
         Exception: what the builder refuses.
     """
     check((plan, entry))
+    return register(store(plan, entry), entry)
+
+
+def store(plan: Plan, entry: Entry) -> Logged:
+    """Logs a model that was checked, and does not register it. Its page gets its facts as params and tags.
+
+    Raises:
+        BuildError: the disk is full. No model is left that counts as whole, and none that is pending.
+        Exception: what the builder refuses.
+    """
     write = plan.prepare(plan.source.fetch())
     made: list[Model] = []
     facts: dict[str, str] = {}
@@ -171,14 +194,12 @@ def log(plan: Plan, entry: Entry) -> ModelInfo:
         client.log_model_params(model_id, new)
         client.set_logged_model_tags(model_id, cards.tags(facts))
 
-    removed = destination.removed_on_failure(partial(destination.folder_of, made))
+    removed = destination.removed_on_failure(partial(destination.given_up, destination.last_begun()))
     with quiet_mlflow(), removed, ExitStack() as upload:
         info = Model.log(
             artifact_path=None,
             name=entry.name,
             flavor=SimpleNamespace(save_model=save_model),
-            registered_model_name=entry.registered_model_name,
-            await_registration_for=entry.await_registration_for,
             run_id=destination.find_run(entry.run_id),
             prompts=list(entry.prompts) if entry.prompts else None,
             model_type=entry.model_type,
@@ -191,13 +212,36 @@ def log(plan: Plan, entry: Entry) -> ModelInfo:
         )
     if numbers:
         _log_metrics(client, str(info.model_id), destination.find_run(entry.run_id), numbers)
-    if entry.registered_model_name is not None:
-        name, version = entry.registered_model_name, str(info.registered_model_version)
-        for key, text in cards.tags(facts).items():
-            client.set_model_version_tag(name, version, key, text)
-        client.update_model_version(name, version, cards.card(facts, int(made[0].model_size_bytes or 0)))
+    return Logged(info, facts, int(made[0].model_size_bytes or 0))
+
+
+def register(logged: Logged, entry: Entry) -> ModelInfo:
+    """Registers a logged model where the entry has a name for that: a version with a card as its description.
+
+    The alias is set last. When something fails, or Ctrl-C is pressed, the version is deleted again.
+
+    Returns:
+        MLflow's description, with the version in it.
+    """
+    info, name = logged.info, entry.registered_model_name
+    if name is None:
+        return info
+    client = mlflow.MlflowClient()
+    try:
+        tags = {**(entry.tags or {}), **cards.tags(logged.facts)}
+        wait = entry.await_registration_for
+        made = mlflow.register_model(info.model_uri, name, await_registration_for=wait, tags=tags)
+        version = str(made.version)
+        client.update_model_version(name, version, cards.card(logged.facts, logged.size))
         if entry.alias is not None:
             client.set_registered_model_alias(name, entry.alias, version)
+    except BaseException:
+        with suppress(Exception):  # a registry that is gone keeps what it has
+            for found in client.search_model_versions(f"name = '{name}'"):
+                if found.source == info.model_uri:
+                    client.delete_model_version(name, str(found.version))
+        raise
+    info.registered_model_version = made.version
     return info
 
 
@@ -209,8 +253,12 @@ def _log_metrics(client: mlflow.MlflowClient, model_id: str, run_id: str | None,
         client.log_batch(run_id, metrics)
         return
     run = client.create_run(client.get_logged_model(model_id).experiment_id, run_name="quantization check")
-    client.log_batch(run.info.run_id, metrics)
-    client.set_terminated(run.info.run_id)
+    status = "FAILED"
+    try:
+        client.log_batch(run.info.run_id, metrics)
+        status = "FINISHED"
+    finally:
+        client.set_terminated(run.info.run_id, status)
 
 
 # Arguments of MLflow's own log_model functions that mean nothing here, and what to use in their place.

@@ -201,7 +201,8 @@ def plan(
     common.check_reference(reference, source, chat_template)
     if reference and source.name.count("/") > 1:
         raise common.BuildError(
-            f"reference is True, and MLflow's flavor takes no folder of a repository: {source.name}"
+            f"MLflow's flavor takes no folder of a repository, so that no model can refer to {source.name}: leave the "
+            "reference out"
         )
     config = common.full_config(task, source.name, model_config, template)
 

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import click
 
 from phi3_mlflow.runtime.options import check
+from phi3_mlflow.verbs import parse_config
 
 
 @click.command()
@@ -51,7 +52,6 @@ def chat(
       phi3-mlflow chat models:/phi3@champion --system "You are brief." -o temperature=0.7
       phi3-mlflow chat --url http://127.0.0.1:8000 --model phi3
     """
-    from phi3_mlflow.cli import parse_config
 
     options = {name: check(name, value) for name, value in parse_config(option).items()}
     if as_json and prompt is None:

@@ -195,12 +195,15 @@ def _base(url: str) -> httpx.URL:
     """The base URL, under which /chat/completions lies."""
     try:
         base = httpx.URL(url)
+        if "://" not in url and (here := httpx.URL(f"http://{url}")).host in _LOOPBACK:
+            base = here
     except (httpx.InvalidURL, TypeError):
         base = httpx.URL("")
     if base.userinfo:
         raise ChatError(f"the address holds a password; the environment variable {KEY} is the place for a key")
     if base.scheme not in ("http", "https") or not base.host:
-        raise ChatError(f"{texts.line(url)!r} is no address of a server; one is http://127.0.0.1:8000")
+        problem = f"{texts.line(url)!r} is no address of a server"
+        raise ChatError(f"{problem}: one begins with http:// or https://, such as http://127.0.0.1:8000")
     path = base.path.rstrip("/").removesuffix("/chat/completions")
     return base.copy_with(path=path or "/v1", fragment=None)
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from phi3_mlflow.verbs import parse_config
+
 
 @click.command()
 @click.argument("model")
@@ -38,7 +40,6 @@ def containerize(
       phi3-mlflow containerize models:/phi3@champion ./phi3-container --image registry.example/phi3:1
     """
     from phi3_mlflow.azure.model import opened
-    from phi3_mlflow.cli import parse_config
     from phi3_mlflow.runtime.sizes import Bytes
 
     from .plan import check_folder, plan

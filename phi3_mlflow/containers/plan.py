@@ -115,7 +115,8 @@ def plan(
     chosen, kv = _settings(place.configuration(place.find()), config, given, at_once, cpus)
     if at_once and at_once > 1 and not any(same(found.name, "openvino") for found in filter(None, map(parse, lines))):
         if chosen.setdefault("engine", "onnxruntime") == "openvino":
-            raise ContainerError("engine is 'openvino', and the model does not ask for it: log it with engine=openvino")
+            problem = "engine is 'openvino', and the model does not ask for it"
+            raise ContainerError(f"{problem}: log it with -c engine=openvino")
         chosen["engine"] = {"auto": "onnxruntime"}.get(chosen["engine"], chosen["engine"])  # also where it is measured
     _check_space(folder, model.size)
     peak, measured = loaded or 0, loaded is None

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from phi3_mlflow import uris as model_uris
+from phi3_mlflow.verbs import parse_config
+
 if TYPE_CHECKING:
     from .served import Spec
 
@@ -41,14 +44,16 @@ def _look_up(spec: "Spec") -> None:
 
     from .server import ServeError
 
+    place = ""
     try:
+        model_uris.check(spec.uri)
         if Path(spec.uri).is_dir():
             mlmodel.load(Path(spec.uri))
         else:
+            place = f" ({spec.uri} was looked for in {mlflow.get_tracking_uri()})"
             get_model_info(spec.uri)
     except (Phi3Error, mlflow.MlflowException, OSError, ValueError) as error:
-        place = f"{spec.uri} was looked for in {mlflow.get_tracking_uri()}"
-        raise ServeError(f"the model `{spec.name}` cannot be loaded: {str(error).splitlines()[0]} ({place})") from error
+        raise ServeError(f"the model `{spec.name}` cannot be loaded: {str(error).splitlines()[0]}{place}") from error
 
 
 @click.command(context_settings={"auto_envvar_prefix": "PHI3_MLFLOW_SERVE"})
@@ -71,7 +76,9 @@ def _look_up(spec: "Spec") -> None:
 @click.option("--parallel", type=click.IntRange(1, 64), help="Answers computed at once. Default: the model's, else 4.")
 @click.option("-c", "--config", multiple=True, metavar="NAME=VALUE", help="A setting or default of the models.")
 @click.option("--trace", type=click.FloatRange(0, 1), help="Trace this share of requests to MLflow, such as 1 or 0.1.")
-@click.option("--access-log", default="-", metavar="FILE", show_default=True, help="- is stderr; none for no log.")
+@click.option(
+    "--access-log", default="-", metavar="FILE", help="JSON lines, or none.  [default: plain lines on stderr]"
+)
 @click.option("--log-prompts", is_flag=True, help="Let the access log have prompts and answers.")
 def serve(
     uris: tuple[str, ...],
@@ -107,7 +114,6 @@ def serve(
       phi3-mlflow serve models:/phi3@champion --watch --preload
       phi3-mlflow serve --name fast=models:/phi3-onnx/1 --name exact=models:/phi3-transformers/1
     """
-    from phi3_mlflow.cli import parse_config
     from phi3_mlflow.logged import given_or_embedded
     from phi3_mlflow.runtime.settings import check_values
 
@@ -133,6 +139,7 @@ def serve(
     known = read(keys)
     process = Process(host, port, drain, preload, trusted_proxy)
     with ExitStack() as stack:
+        listening = stack.enter_context(listen(process))  # before any work
         specs = [Spec(*each) for each in _names(named, uris)]
         if not specs:
             specs = [Spec("phi3", stack.enter_context(given_or_embedded(None)))]
@@ -159,13 +166,12 @@ def serve(
             lines: TextIO = sys.stderr
             if access_log != "-":
                 lines = stack.enter_context(Path(access_log).open("a", encoding="utf-8"))
-            log = AccessLog(lines, prompts=log_prompts)
+            log = AccessLog(lines, prompts=log_prompts, plain=access_log == "-")
             stack.callback(log.close)
             observers.append(log)
             backgrounds["access log"] = log.lines
         metrics = Metrics(**backgrounds)
         observers.append(metrics)
-        listening = listen(process)
         limits = Limits(body=max_body, seconds=timeout, concurrent=max_concurrent)
         server = Server(
             models,

@@ -1,6 +1,7 @@
 """The server's process: the socket, uvicorn, signals, and an end that lets answers finish. Knows no routes."""
 
 import asyncio
+import errno
 import ipaddress
 import logging
 import signal
@@ -97,12 +98,16 @@ def listen(process: Process) -> socket.socket:
     """The socket that the server listens at.
 
     Raises:
-        ServeError: the address is not this machine's, or the port is taken.
+        ServeError: the address is not this machine's, or the port is in use.
     """
     try:
         family = socket.AF_INET6 if ":" in process.host else socket.AF_INET
         listening = socket.create_server((process.host, process.port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            other = process.port + 1 if process.port < 65535 else 8000
+            problem = f"port {process.port} of {process.host} is in use: choose another one, such as --port {other}"
+            raise ServeError(f"{problem}, or --port 0 for any that is free") from error
         raise ServeError(f"the server cannot listen at {process.host}:{process.port}: {error}") from error
     # Connections inherit it. asyncio sets it for sockets whose protocol is named alone; without it a client that
     # acknowledges late (40 ms) gets what follows the headers as late.

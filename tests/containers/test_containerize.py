@@ -288,7 +288,7 @@ def test_a_failed_write_leaves_nothing_behind(onnx_model, tmp_path, monkeypatch)
 def test_settings_are_read_back_as_they_were_given():
     from types import SimpleNamespace
 
-    from phi3_mlflow.cli import parse_config
+    from phi3_mlflow.verbs import parse_config
 
     given = {"threads": 4, "stop": ["a"], "self_talk_guard": False, "kv_budget": "1GiB", "on_error": "row", "x": "1"}
     line = settings(SimpleNamespace(parallel=2, settings=given))["PHI3_MLFLOW_SERVE_CONFIG"]

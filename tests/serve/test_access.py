@@ -4,14 +4,17 @@ import contextlib
 import io
 import json
 import os
+import re
 import time
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 from fakes import TOKENS, FakeDecoder, spell
 
 from phi3_mlflow.runtime.service import Service
 from phi3_mlflow.serve.access import AccessLog
+from phi3_mlflow.serve.access import line as fields_of
 from phi3_mlflow.serve.records import Record
 
 PATIENCE = 60  # seconds; only what is broken takes as long
@@ -56,7 +59,7 @@ def test_a_line_says_who_asked_what_model_how_it_ended_and_how_long_it_took(serv
         "id": record.id, "client": "127.0.0.1", "key": "team-a", "method": "POST", "route": "/v1/chat/completions",
         "model": "phi3", "stream": False, "status": 200,
     }  # fmt: skip
-    assert line["error"] is None
+    assert "error" not in line
     assert line["prompt_tokens"] == len(TOKENS.encode_chat(body()["messages"]))
     assert line["completion_tokens"] == 4
     assert line["finish_reasons"] == ["length", "length"]
@@ -94,7 +97,7 @@ def test_what_an_error_quotes_from_the_request_is_left_out_too(error, shown):
     log.ended(Record("POST", "/v1/chat/completions", status=400, error=error))
     (line,) = lines(log, stream)
     assert line["error"] == shown
-    assert (line["prompt_tokens"], line["finish_reasons"], line["seconds"]) == (None, [], None)
+    assert not {"prompt_tokens", "finish_reasons", "seconds", "key", "model"} & line.keys()
 
 
 def test_a_text_of_many_megabytes_is_named_and_not_kept():
@@ -125,10 +128,46 @@ def test_an_answer_that_was_cut_or_failed_is_told_from_one_that_ended(service):
         failed.runs[0].wait()
     log.ended(failed)
     told = lines(log, stream)
-    assert [(line["status"], line["finish_reasons"], line["error"]) for line in told] == [
+    assert [(line["status"], line.get("finish_reasons"), line["error"]) for line in told] == [
         (499, ["abort"], "the client left"),
-        (500, [], "the model failed"),
+        (500, None, "the model failed"),
     ]
+
+
+def plain(*records, **options):
+    stream = io.StringIO()
+    log = AccessLog(stream, plain=True, **options)
+    for record in records:
+        log.ended(record)
+    log.close(PATIENCE)
+    return [line.partition(" ")[2].partition(" ")[2] for line in stream.getvalue().splitlines()]
+
+
+def test_a_line_for_a_person_says_what_is_known_and_nothing_else(service):
+    whole = answered(service, n=2, max_tokens=2)
+    whole.ended, whole.trace_id, whole.client = whole.came + 0.1344, "tr-1", "10.0.0.7"
+    bare = Record("GET", "/health", client="127.0.0.1", status=200)
+    bare.ended = bare.came + 0.0004
+    refused = Record(
+        "POST", "/v1/chat/completions", status=400, error="`n` is 'two'; it must be a number", model="phi3"
+    )
+
+    tokens = len(TOKENS.encode_chat(body()["messages"]))
+    assert plain(whole, bare, refused) == [
+        f"POST /v1/chat/completions 200 134 ms phi3 {tokens}+4 tokens length from 10.0.0.7 key team-a trace tr-1",
+        "GET /health 200 0 ms",
+        "POST /v1/chat/completions 400 phi3 (`n` is [...])",
+    ]
+
+
+def test_a_line_for_a_person_has_texts_where_they_are_asked_for(service):
+    (line,) = plain(answered(service), prompts=True)
+    assert json.loads(line[line.index("{") :]) == {"body": body(), "answers": [["madrid yes"]]}
+
+
+def test_no_client_writes_a_line_of_its_own():
+    (line,) = plain(Record("GET", "/a\n2026-11-26 POST /\x1b[31m", status=404, error="there\r\nis nothing"))
+    assert line == r"GET /a%0A2026-11-26%20POST%20/%1B%5B31m 404 (there\r\nis nothing)"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
@@ -188,3 +227,15 @@ def test_a_stream_that_takes_nothing_any_more_holds_up_nobody():
     assert not log.lines._thread.is_alive()
     with contextlib.suppress(OSError):
         stream.close()
+
+
+def test_the_documentation_names_every_field_and_shows_a_line_as_it_is(service):
+    page = (Path(__file__).resolve().parents[2] / "docs" / "serve.md").read_text("utf-8")
+    (paragraph,) = [each for each in page.split("\n\n") if each.startswith("For programs, `--access-log FILE`")]
+    whole = answered(service)
+    whole.trace_id, whole.error = "tr-1", "broken"
+    assert set(fields_of(whole)) <= set(re.findall(r"`(\w+)`", paragraph))
+
+    whole.error, whole.key, whole.trace_id = None, None, None
+    shown = re.search(r"^```text\n\S+ \S+ (POST .*)$", page, re.MULTILINE)[1]
+    assert [re.sub(r"\d+", "1", each) for each in [shown]] == [re.sub(r"\d+", "1", each) for each in plain(whole)]

@@ -129,7 +129,7 @@ def test_whole_answers_are_counted_logged_and_traced_as_those_of_other_routes_an
 
     assert [answer.status_code for answer in answers] == [200, 200, 200, 400, 404]
     logged = [json.loads(line) for line in lines.getvalue().splitlines()]
-    assert [line["model"] for line in logged] == ["a", "b", "b", "a", None]
+    assert [line.get("model") for line in logged] == ["a", "b", "b", "a", None]
     bodies = [answer.json() for answer in answers[:3]]
     usages = [[each["usage"] for each in (body["predictions"] if isinstance(body, dict) else body)] for body in bodies]
     assert [len(usage) for usage in usages] == [1, 2, 1]
@@ -140,7 +140,7 @@ def test_whole_answers_are_counted_logged_and_traced_as_those_of_other_routes_an
         assert 0 <= line["queue_seconds"] <= line["first_token_seconds"] <= line["seconds"]
         trace = mlflow.get_trace(answer.headers["x-mlflow-trace-id"])
         assert (trace.info.token_usage["input_tokens"], trace.info.token_usage["output_tokens"]) == (prompt, completion)
-    assert [line["prompt_tokens"] for line in logged[3:]] == [None, None]
+    assert not any("prompt_tokens" in line for line in logged[3:])
     samples = {
         (sample.name, sample.labels.get("model_name")): sample.value
         for family in text_string_to_metric_families(text)

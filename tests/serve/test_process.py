@@ -181,10 +181,20 @@ def test_a_model_that_cannot_be_loaded_at_the_start_is_one_line_and_status_1(tmp
 
 def test_a_port_in_use_is_one_line_and_status_1(onnx_model):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        result = CliRunner().invoke(cli, ["serve", f"--name=a={onnx_model}", "-p", str(taken.getsockname()[1])])
+        port = taken.getsockname()[1]
+        result = CliRunner().invoke(cli, ["serve", f"--name=a={onnx_model}", "-p", str(port)])
 
     assert result.exit_code == 1
-    assert "cannot listen at 127.0.0.1" in result.stderr
+    other = port + 1 if port < 65535 else 8000
+    problem = f"port {port} of 127.0.0.1 is in use: choose another one, such as --port {other}, or --port 0 for any"
+    assert result.stderr == f"Error: {problem} that is free\n"
+
+
+def test_an_address_of_another_machine_is_one_line_and_status_1(onnx_model):
+    result = CliRunner().invoke(cli, ["serve", f"--name=a={onnx_model}", "-p", "0", "--host", "192.0.2.1"])
+
+    assert result.exit_code == 1
+    assert "cannot listen at 192.0.2.1:0" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 

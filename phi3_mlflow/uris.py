@@ -1,0 +1,20 @@
+"""What a person may give as a model: a folder, or a URI that MLflow knows."""
+
+from pathlib import Path
+
+from phi3_mlflow.runtime.errors import Phi3Error
+
+FORMS = "a folder, models:/NAME@ALIAS, models:/NAME/VERSION, models:/ID or runs:/RUN/NAME"
+
+
+def check(given: str) -> None:
+    """Refuses what can only mean a folder, and is none.
+
+    Raises:
+        Phi3Error: says where it was looked for, and what may be given.
+    """
+    if ":/" in given or Path(given).is_dir():
+        return
+    path = Path(given).absolute()
+    problem = f"{path} is a file, and a model is a folder" if path.exists() else f"there is no folder {path}"
+    raise Phi3Error(f"{problem}; a model is given as {FORMS}")

@@ -1,0 +1,52 @@
+"""What verbs of the command line share: options, and a result that is not lost with the output."""
+
+import json
+import os
+import sys
+from typing import Any
+
+import click
+
+as_json_option = click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of the table.")
+
+
+def parse_config(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """NAME=VALUE pairs; a value is JSON where it can be, else text; an empty value means not given."""
+    config = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise click.UsageError(f"{pair!r} is not of the form NAME=VALUE")
+        if value:
+            try:
+                config[name] = json.loads(value)
+            except ValueError:
+                config[name] = value
+    return config
+
+
+def emit(text: str, kept: str | None = None) -> None:
+    """Prints a result on stdout; where that takes nothing (a full disk, a reader that is gone), on stderr.
+
+    Args:
+        text: the result.
+        kept: says where it is to be found too, and is told in its place.
+
+    Raises:
+        ClickException: it was not written to stdout.
+    """
+    try:
+        click.echo(text)
+    except OSError as error:
+        _abandon_stdout()
+        if kept is None:
+            click.echo(text, err=True)
+            kept = "the result stands above"
+        raise click.ClickException(f"the output takes nothing ({error.strerror}); {kept}") from None
+
+
+def _abandon_stdout() -> None:
+    """Sends what Python still holds for stdout, and would complain of when it ends, to nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
