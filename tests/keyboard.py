@@ -1,4 +1,4 @@
-"""`phi3-mlflow chat` on a terminal of its own, read and written as a person does."""
+"""`phi3-mlflow chat`, or another verb, on a terminal of its own, read and written as a person does."""
 
 import fcntl
 import os
@@ -36,16 +36,17 @@ class Terminal:
     """A process on a terminal.
 
     Args:
-        arguments: of `phi3-mlflow chat`.
+        arguments: of the verb.
         folder: where it runs and keeps its history.
+        verb: of `phi3-mlflow`.
         environment: variables to add.
     """
 
-    def __init__(self, *arguments: str, folder: Path, environment: Mapping[str, str] | None = None):
+    def __init__(self, *arguments: str, folder: Path, verb: str = "chat", environment: Mapping[str, str] | None = None):
         self.keys, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", _LINES, _COLUMNS, 0, 0))
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _CONTROLLING + _MAIN, "chat", *arguments],
+            [sys.executable, "-c", _CONTROLLING + _MAIN, verb, *arguments],
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,

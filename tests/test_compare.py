@@ -132,6 +132,33 @@ def test_the_table_has_a_line_for_each_number_and_a_gate_its_verdicts(versions, 
     )
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
+def test_a_terminal_shows_what_is_done_and_then_the_table_alone(versions, seven, tmp_path):
+    from keyboard import Terminal
+
+    (tmp_path / "one.jsonl").write_text(seven.read_text("utf-8").splitlines()[0], "utf-8")
+    environment = {"MLFLOW_EXPERIMENT_NAME": "tests"}
+    terminal = Terminal(
+        *versions[:2], "--questions", "one.jsonl", folder=tmp_path, verb="compare", environment=environment
+    )
+    try:
+        assert terminal.end() == 0
+        terminal.match(r"^run \w{32}$")
+        lines = terminal.text.splitlines()
+    finally:
+        terminal.close()
+
+    steps = [f"{step} ..." for step in ("starting", f"loading {NAME}/1", f"loading {NAME}/2", "writing it into MLflow")]
+    steps.insert(3, "0 of 3 answers |")
+    places = [terminal.shown.find(f"compare: {step}".encode()) for step in steps]
+    assert places == sorted(places), terminal.shown
+    assert places[0] == 1  # after the carriage return: before anything else
+    assert "logical cores" in lines[0]
+    assert "1 question; in brackets 95 % intervals:" in lines
+    for noise in ("compare:", "INFO", "WARNING", "%|"):
+        assert noise not in terminal.text
+
+
 def test_the_gate_moves_an_alias_to_an_equal_model_and_makes_one_that_is_new(versions, seven):
     result = compare(*versions[:2], "--questions", seven, "--gate", "next", *FEW, "--slowdown", "1000")
 

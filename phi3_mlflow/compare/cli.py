@@ -5,6 +5,8 @@ from pathlib import Path
 
 import click
 
+from phi3_mlflow.verbs import as_json_option, emit
+
 _QUESTIONS = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -16,7 +18,7 @@ _QUESTIONS = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--drift", type=float, default=0.01, show_default=True, help="Gate: change of tokens' log odds, or inf.")
 @click.option("--slowdown", type=float, help="Gate: times the first model's time, such as 1.2.  [default: any]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the resampling for intervals.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of the table.")
+@as_json_option
 @click.pass_context
 def compare(
     context: click.Context,
@@ -39,22 +41,24 @@ def compare(
       phi3-mlflow compare models:/phi3-transformers/1 models:/phi3-onnx/1 --questions mine.jsonl
       phi3-mlflow compare models:/phi3@champion models:/phi3/2 --gate champion
     """
-    from phi3_mlflow.bars import no_bars
-    from phi3_mlflow.compare import comparison
-    from phi3_mlflow.compare.gate import Bounds
-    from phi3_mlflow.compare.report import table
+    from .progress import Progress
 
     unfinished = None
-    with no_bars():
+    with Progress(hidden=as_json) as progress:  # before what takes long to import
+        from phi3_mlflow.bars import no_bars
+        from phi3_mlflow.compare import comparison
+        from phi3_mlflow.compare.gate import Bounds
+        from phi3_mlflow.compare.report import table
+
+        bounds = Bounds(margin, drift, slowdown)
         try:
-            result = comparison.compare(models, questions, gate=gate, bounds=Bounds(margin, drift, slowdown), seed=seed)
+            with no_bars():
+                result = comparison.compare(models, questions, gate=gate, bounds=bounds, seed=seed, progress=progress)
         except comparison.Unfinished as error:
             unfinished, result = error, error.result
-    if as_json:
-        click.echo(json.dumps(result, indent=2, ensure_ascii=False))
-    else:
-        click.echo(table(result))
-        click.echo(f"\nrun {result['run_id']}")
+    run_id = result["run_id"]
+    text = json.dumps(result, indent=2, ensure_ascii=False) if as_json else f"{table(result)}\n\nrun {run_id}"
+    emit(text, kept=f"the run {run_id} has the result" if unfinished is None else None)
     if unfinished is not None:
         raise unfinished
     if gate is not None and not result["gate"]["passed"]:

@@ -14,36 +14,23 @@ import pandas as pd
 from mlflow.entities import LoggedModelInput
 from mlflow.environment_variables import MLFLOW_GENAI_EVAL_MAX_SCORER_WORKERS, MLFLOW_GENAI_EVAL_MAX_WORKERS
 from mlflow.genai.scorers import Scorer
-from tqdm import tqdm
 
 from phi3_mlflow import tracking
 from phi3_mlflow.machine import machine
 from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error
+from phi3_mlflow.unfinished import Unfinished
 
 from .agreement import Agreement, agree
 from .answers import Answer, ask
 from .gate import Bounds, as_dict, judge, move, open_gate
 from .models import Subject, loaded, resolve
+from .progress import Progress
 from .questions import Question, read
 from .report import log_run
 from .scorers import SCORERS, needed, score
 from .uncertainty import interval, ratio, share_interval
 
 Scores = list[dict[str, bool]]
-
-
-class Unfinished(Phi3Error):
-    """A comparison that was measured, and that the tracking store or the registry could not be told of.
-
-    Attributes:
-        result: what `compare` would have returned; the gate has not passed.
-    """
-
-    def __init__(self, problem: str, error: Exception, result: dict[str, Any]):
-        super().__init__(problem + (str(error) or type(error).__name__).splitlines()[0])
-        self.result = result
-        if "gate" in result:
-            result["gate"]["passed"] = False
 
 
 def compare(
@@ -53,6 +40,7 @@ def compare(
     gate: str | None = None,
     bounds: Bounds | None = None,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Asks logged models the same questions and compares their answers, speed, memory and size, as an MLflow run.
 
@@ -65,6 +53,7 @@ def compare(
         gate: an alias of the second model's registered model, which it gets where it is not worse than the first.
         bounds: what counts as not worse; see Bounds.
         seed: of the bootstrap.
+        progress: shows how far it is; None for one of its own.
 
     Returns:
         `models` (a list of what was measured, see README), `questions` (how many), `answers` (of each question),
@@ -92,10 +81,12 @@ def compare(
         with ExitStack() as stack:
             # With a tracking server, MLflow prints the addresses of runs on stdout.
             stack.enter_context(redirect_stdout(sys.stderr))
-            subjects = stack.enter_context(loaded(names))
+            progress = stack.enter_context(progress or Progress())
+            subjects = stack.enter_context(loaded(names, progress.say))
             stack.enter_context(tracking.impatient())
             run = stack.enter_context(mlflow.start_run(run_name=f"compare {' '.join(each.label for each in subjects)}"))
-            answers, agreements = _measure(subjects, asked)
+            answers, agreements = _measure(subjects, asked, progress)
+            progress.say("writing it into MLflow")
             scores = [
                 [score(scorers, question, answer.text) for question, answer in zip(asked, given, strict=True)]
                 for given in answers
@@ -137,19 +128,18 @@ def compare(
 
 
 def _measure(
-    subjects: Sequence[Subject], questions: Sequence[Question]
+    subjects: Sequence[Subject], questions: Sequence[Question], progress: Progress
 ) -> tuple[list[list[Answer]], list[list[Agreement] | None]]:
     """Each model's answers, and how they agree with the first model's; None for itself."""
-    total = len(questions) * (2 * len(subjects) - 1)
-    with tqdm(total=total, desc="compare", unit=" answers", delay=2, mininterval=1, leave=False, disable=None) as bar:
-        answers = ask(subjects, questions, bar.update)
-        agreements: list[list[Agreement] | None] = [None]
-        for subject, given in zip(subjects[1:], answers[1:], strict=True):
-            rows = []
-            for question, own, other in zip(questions, answers[0], given, strict=True):
-                rows.append(agree(subjects[0], subject, question, (own, other)))
-                bar.update(1)
-            agreements.append(rows)
+    progress.count("answers", len(questions) * (2 * len(subjects) - 1))
+    answers = ask(subjects, questions, progress.advance)
+    agreements: list[list[Agreement] | None] = [None]
+    for subject, given in zip(subjects[1:], answers[1:], strict=True):
+        rows = []
+        for question, own, other in zip(questions, answers[0], given, strict=True):
+            rows.append(agree(subjects[0], subject, question, (own, other)))
+            progress.advance(1)
+        agreements.append(rows)
     return answers, agreements
 
 

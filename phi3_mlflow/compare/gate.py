@@ -8,6 +8,7 @@ from typing import Any
 import mlflow
 
 from phi3_mlflow.builders import destination
+from phi3_mlflow.layout import counted
 from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error
 
 from .models import Name
@@ -42,8 +43,12 @@ class Bounds:
         if self.slowdown is not None and not self.slowdown > 0:
             raise InvalidRequest("--slowdown", f"is {self.slowdown:g}; it must be above 0")
         if questions < (least := least_questions(self.margin)):
-            problem = f"is {self.margin:g}, which {questions} questions with expectations cannot show to be kept: even "
-            raise InvalidRequest("--margin", f"{problem}for equal models it takes {least}; ask more, or raise it")
+            problem = (
+                f"is {self.margin:g}, which {counted(questions, 'question')} with expectations cannot show to be kept"
+            )
+            raise InvalidRequest(
+                "--margin", f"{problem}: even for equal models it takes {least}; ask more, or raise it"
+            )
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ def judge(
         Verdict(
             "margin",
             p <= 1 - CONFIDENCE,
-            f"lost {lost} and won {won} of {len(right)} questions; worse by {bounds.margin:g}: p = {p:.3g}",
+            f"lost {lost} and won {won} of {counted(len(right), 'question')}; worse by {bounds.margin:g}: p = {p:.3g}",
         )
     ]
     if not math.isinf(bounds.drift):

@@ -1,7 +1,7 @@
 """The models that are compared: found, loaded together, and how much memory and disk they take."""
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +78,12 @@ def resolve(uri: str) -> Name:
 
 
 @contextmanager
-def loaded(names: Sequence[Name]) -> Iterator[list[Subject]]:
+def loaded(names: Sequence[Name], say: Callable[[str], Any] = lambda _: None) -> Iterator[list[Subject]]:
     """All models at once, for as long as the block lasts.
+
+    Args:
+        names: of the models.
+        say: is told of each before it is loaded.
 
     Raises:
         Phi3Error: one of them cannot be loaded; names it.
@@ -88,6 +92,7 @@ def loaded(names: Sequence[Name]) -> Iterator[list[Subject]]:
     with ExitStack() as stack:
         subjects = []
         for name, label in zip(names, labels, strict=True):
+            say(f"loading {label}")
             try:
                 subjects.append(_load(name, label, stack))
             except (Phi3Error, MlflowException, OSError) as error:

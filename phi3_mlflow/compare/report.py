@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import mlflow
 import numpy as np
 
-from phi3_mlflow.layout import COLOURS, GREY, markdown, name_axes, short, size, time
+from phi3_mlflow.layout import COLOURS, GREY, counted, markdown, name_axes, short, size, time
 from phi3_mlflow.machine import line
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def table(result: Mapping[str, Any]) -> str:
     lines = [
         line(result["machine"]),
         "\n".join(f"{model['model']}: {_describe(model)}" for model in models),
-        f"{result['questions']} questions; in brackets 95 % intervals:",
+        f"{counted(result['questions'], 'question')}; in brackets 95 % intervals:",
         markdown(["", *(model["model"] for model in models)], rows),
     ]
     if "gate" in result:
@@ -48,7 +48,7 @@ def figure(result: Mapping[str, Any]) -> "Figure":
 
     models = result["models"]
     plot = Figure(figsize=(12, 8.6), dpi=150, layout="constrained")
-    plot.suptitle(f"{len(models)} models, {result['questions']} questions", fontsize=13, weight="bold")
+    plot.suptitle(f"{len(models)} models, {counted(result['questions'], 'question')}", fontsize=13, weight="bold")
     (quality, latency), (speed, parting) = plot.subplots(2, 2)
     colours = [COLOURS[index % len(COLOURS)] for index in range(len(models))]
     names = [_cut(model["model"]) for model in models]
