@@ -82,7 +82,10 @@ TOKENIZER = (Path(__file__).resolve().parent.parent / "artifacts" / "onnx" / "to
 
 
 def transformers_files() -> dict[str, bytes]:
-    config = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "auto_map": {"AutoConfig": "x.Phi3Config"}}
+    config = {
+        "model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "auto_map": {"AutoConfig": "x.Phi3Config"},
+        "vocab_size": 32064, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1,
+    }  # fmt: skip
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     return {
         "config.json": json.dumps(config).encode(),
@@ -108,7 +111,7 @@ def phi3_graph(weights: bytes) -> bytes:
         for kind in ("key", "value"):
             values.append(protobuf.field(11, protobuf.value(f"past_key_values.{layer}.{kind}", *cache)))
             values.append(protobuf.field(12, protobuf.value(f"present.{layer}.{kind}", *cache)))
-    return protobuf.model(protobuf.graph([protobuf.node("Add", "x", "w")], [weights], b"".join(values)))
+    return protobuf.model(protobuf.graph([protobuf.node("Gather", "w", "x")], [weights], b"".join(values)))
 
 
 def onnx_files() -> dict[str, bytes]:

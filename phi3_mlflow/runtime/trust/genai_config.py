@@ -39,6 +39,8 @@ _LAYERS = rules.Rule(
     ),
 )
 _COUNT = rules.integer(1, 65536)
+# Bytes of keys and values for a token, of which some thousands are held. Phi-3-mini has 0.8 MB.
+_MOST_CACHE = 16 * files.MiB
 
 # Everything that may be there, at its place. Nothing in it can name a library, and one key alone names a file.
 _ALLOWED: Mapping[str, Any] = {
@@ -198,6 +200,9 @@ def check_fits(folder: Path, config: Mapping[str, Any], graph: Graph) -> None:
                 if name in taken:
                     refuse(f"model.decoder.{section}.{key}", pattern, f"one {name}, which another key names")
                 taken.add(name)
+    mask = decoder.get("inputs", {}).get("attention_mask", "attention_mask")
+    if graph.mask not in (None, mask):
+        refuse("model.decoder.inputs.attention_mask", mask, f"{shorten(graph.mask)} for attention's lengths")
     for key, value, has in (
         ("num_hidden_layers", decoder.get("num_hidden_layers"), layers),
         ("num_key_value_heads", decoder.get("num_key_value_heads"), cache[1] if len(cache) == 4 else None),
@@ -205,6 +210,12 @@ def check_fits(folder: Path, config: Mapping[str, Any], graph: Graph) -> None:
     ):
         if None not in (value, has) and value != has:
             refuse(f"model.decoder.{key}", value, str(has))
+    size = 8 * layers * decoder.get("num_key_value_heads", 1) * decoder["head_size"]
+    if size > _MOST_CACHE:
+        raise WeightsError(
+            f"{folder / NAME} has keys and values of {size} bytes for each token (num_hidden_layers, "
+            f"num_key_value_heads, head_size): they must be at most {_MOST_CACHE}; do not use this copy"
+        )
     if graph.positions is not None and model["context_length"] > graph.positions:
         refuse("model.context_length", model["context_length"], f"{graph.positions} positions")
     if logits and logits[-1] is not None:

@@ -1,7 +1,7 @@
 """What an ONNX graph may hold: operators that the decoders know, and weights in files beside it.
 
 It reads what decides what will be opened or run, jumps over the rest, and refuses what another reader might understand
-otherwise.
+otherwise. What the operators may be given is in `onnx_values`.
 """
 
 import mmap
@@ -11,33 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import WeightsError, shorten
-from . import files
+from . import files, onnx_values
+from .onnx_values import WEIGHTS, Node, Value
 from .protobuf import Reader
-
-# Pure arithmetic on tensors: what the model builder of onnxruntime-genai writes for the models here (0.3 of 2024 to
-# 0.18, any execution provider), and what onnxruntime fuses of it when it saves an optimised graph.
-_STANDARD = """
-    Add And Cast Clip Concat Constant ConstantOfShape Cos DequantizeLinear Div Equal Erf Exp Expand Flatten Gather
-    GatherElements Gelu Greater GreaterOrEqual Identity If IsInf LayerNormalization Less LessOrEqual Log MatMul Max Min
-    Mul Neg Not Or Pow Range Reciprocal ReduceMax ReduceMean ReduceSum Reshape RMSNormalization RotaryEmbedding Shape
-    Sigmoid SimplifiedLayerNormalization Sin Slice Softmax Split Sqrt Squeeze Sub Swish Tanh Tile Transpose Trilu
-    Unsqueeze Where
-"""
-_MICROSOFT = """
-    BiasGelu FastGelu FusedMatMul GatherBlockQuantized Gelu GroupQueryAttention MatMulNBits MultiHeadAttention
-    QuickGelu RotaryEmbedding SimplifiedLayerNormalization SkipLayerNormalization SkipSimplifiedLayerNormalization
-"""
-# By domain; the standard one has two names.
-OPERATORS = {
-    **dict.fromkeys(("", "ai.onnx"), frozenset(_STANDARD.split())),
-    "com.microsoft": frozenset(_MICROSOFT.split()),
-}
 
 # What protobuf itself allows for a whole file, in bytes.
 _MOST_BYTES = 2**31 - 1
-_MOST_DEPTH = 8  # of graphs in nodes; an If for the rotary caches is one
+_MOST_DEPTH = 1  # of graphs in nodes: an If for the rotary caches
 
 _EXTERNAL = 1  # TensorProto.DataLocation
+_INT64 = 8  # bytes
 
 
 @dataclass
@@ -57,6 +40,8 @@ Shape = tuple[int | None, ...]
 @dataclass
 class _Found:
     used: set[str] = field(default_factory=set)
+    nodes: list[Node] = field(default_factory=list)
+    weights: dict[str, Value] = field(default_factory=dict)  # by their names
     external: list[_External] = field(default_factory=list)
     inputs: dict[str, Shape] = field(default_factory=dict)
     outputs: dict[str, Shape] = field(default_factory=dict)
@@ -77,6 +62,7 @@ class Graph:
         head_size: of its attention; None where the graph does not show it.
         positions: for how many its attention has angles; None where the graph does not show it.
         windows: of the attention in each layer whose cache holds no more; None in the others.
+        mask: the input by which attention knows the rows' lengths; None where there is no attention.
     """
 
     files: list[Path]
@@ -85,6 +71,7 @@ class Graph:
     head_size: int | None
     positions: int | None
     windows: Sequence[int | None]
+    mask: str | None
 
 
 def check(path: Path) -> Graph:
@@ -92,8 +79,8 @@ def check(path: Path) -> Graph:
 
     Raises:
         WeightsError: it is no ONNX graph, uses an operator that no decoder here knows, has functions, training or
-            sparse tensors, or takes a tensor from a file that is not beside it, that no node needs, or that is too
-            short.
+            sparse tensors, could make large tensors of small ones, does not tell attention how long the rows are, or
+            takes a tensor from a file that is not beside it, that no node needs, or that is too short.
     """
     files.needed(path)
     if path.stat().st_size > _MOST_BYTES:
@@ -101,7 +88,9 @@ def check(path: Path) -> Graph:
     try:
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
             found = _Found()
-            _model(Reader(path, content), found)
+            reader = Reader(path, content)
+            _model(reader, found)
+            mask = onnx_values.check(reader, found.nodes, found.inputs, found.weights)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
     sizes: dict[str, int] = {}
@@ -120,7 +109,7 @@ def check(path: Path) -> Graph:
                 "download both again"
             )
     used = [path.parent / name for name in sorted(sizes)]
-    return Graph(used, found.inputs, found.outputs, found.head_size, found.positions, found.windows)
+    return Graph(used, found.inputs, found.outputs, found.head_size, found.positions, found.windows, mask)
 
 
 def _model(reader: Reader, found: _Found) -> None:
@@ -147,7 +136,9 @@ def _graph(reader: Reader, place: range, found: _Found, depth: int) -> None:
         if name == "node":
             _node(reader, value, found, depth)
         elif name == "initializer":
-            _tensor(reader, value, found)
+            tensor, weights = _tensor(reader, value, found)
+            if depth == 0:
+                found.weights[tensor] = weights
         else:
             value_name, shape = _value(reader, value)
             if name == "output":
@@ -180,35 +171,39 @@ def _dimensions(reader: Reader, message: str, place: range) -> Iterator[int | No
 
 
 def _node(reader: Reader, place: range, found: _Found, depth: int) -> None:
+    node = Node()
     texts = {"domain": "", "op_type": "", "name": ""}
-    values: dict[str, list[str]] = {"input": [], "output": []}
-    numbers: dict[str, int] = {}
     for name, kind, value in reader.fields("NodeProto", place):
         assert isinstance(value, range)
         if kind == "texts":
-            values[name].append(reader.text(value))
+            (node.inputs if name == "input" else node.outputs).append(reader.text(value))
         elif kind == "text":
             texts[name] = reader.text(value)
         else:
-            numbers |= _attribute(reader, value, found, depth)
-    found.used.update(values["input"])
-    domain, operator = texts["domain"], texts["op_type"]
-    if operator not in OPERATORS.get(domain, ()):
-        what = shorten(f"{domain}::{operator}" if domain else operator)
-        where = f"in the node {shorten(texts['name'])}"
+            _attribute(reader, value, found, node, depth)
+    node.name, node.domain, node.operator = texts["name"], texts["domain"], texts["op_type"]
+    found.used.update(node.inputs)
+    what = shorten(f"{node.domain}::{node.operator}" if node.domain else node.operator)
+    where = f"in the node {shorten(node.name)}"
+    if node.operator not in onnx_values.OPERATORS.get(node.domain, ()):
         raise reader.refused(f"has the operator {what} {where}, which no decoder here knows")
-    first = values["input"][0] if values["input"] else ""
-    if operator == "GroupQueryAttention" and numbers.get("num_heads") and values["output"]:
-        found.heads[values["output"][0]] = numbers["num_heads"]
-        found.tables.update(values["input"][7:8])
-        found.windows.append(numbers.get("local_window_size") if numbers.get("sliding_window_cache") else None)
-    elif operator == "MatMulNBits" and first in found.heads and "K" in numbers:
-        found.head_size = numbers["K"] // found.heads[first]
+    if depth and node.operator != "Constant":
+        raise reader.refused(f"has the operator {what} {where} of a branch, which can only give constants")
+    if not depth:
+        found.nodes.append(node)
+    first = node.inputs[0] if node.inputs else ""
+    if node.operator == "GroupQueryAttention" and node.numbers.get("num_heads") and node.outputs:
+        found.heads[node.outputs[0]] = node.numbers["num_heads"]
+        found.tables.update(node.inputs[7:8])
+        window = node.numbers.get("local_window_size") if node.numbers.get("sliding_window_cache") else None
+        found.windows.append(window)
+    elif node.operator == "MatMulNBits" and first in found.heads and "K" in node.numbers:
+        found.head_size = node.numbers["K"] // found.heads[first]
 
 
-def _attribute(reader: Reader, place: range, found: _Found, depth: int) -> dict[str, int]:
-    """Its name and number, where it is one."""
-    attribute, number = "", None
+def _attribute(reader: Reader, place: range, found: _Found, node: Node, depth: int) -> None:
+    """Adds it to its node, where it is a number or a tensor."""
+    attribute, number, tensor = "", None, None
     for name, kind, value in reader.fields("AttributeProto", place):
         if isinstance(value, int):
             number = value
@@ -217,19 +212,28 @@ def _attribute(reader: Reader, place: range, found: _Found, depth: int) -> dict[
         elif kind == "GraphProto":
             _graph(reader, value, found, depth + 1)
         else:
-            _tensor(reader, value, found, node=True)
-    return {} if number is None else {attribute: number}
+            tensor = _tensor(reader, value, found, node=True)[1]
+    if attribute in node.numbers or attribute in node.tensors:
+        raise reader.refused(f"has the attribute {shorten(attribute)} twice in a node")
+    if number is not None:
+        node.numbers[attribute] = number
+    if tensor is not None:
+        node.tensors[attribute] = tensor
 
 
-def _tensor(reader: Reader, place: range, found: _Found, *, node: bool = False) -> None:
-    name, location, entries, sizes = "", 0, {}, list[int]()
+def _tensor(reader: Reader, place: range, found: _Found, *, node: bool = False) -> tuple[str, Value]:
+    """Its name, and what there is to know of it."""
+    name, location, entries, sizes, numbers = "", 0, {}, list[int](), list[int]()
     for part, _, value in reader.fields("TensorProto", place):
-        if part == "dims":
-            sizes += [value] if isinstance(value, int) else reader.numbers(value)
+        if part in ("dims", "int64_data"):
+            these = sizes if part == "dims" else numbers
+            these += [value] if isinstance(value, int) else reader.numbers(value)
         elif isinstance(value, int):
             location = value
         elif part == "name":
             name = reader.text(value)
+        elif part == "raw_data":
+            numbers += [reader.integer(value)] if len(value) <= _INT64 else []
         else:
             key, text = _entry(reader, value)
             if key in entries:
@@ -239,8 +243,9 @@ def _tensor(reader: Reader, place: range, found: _Found, *, node: bool = False) 
         found.positions = sizes[0]
     if location not in (0, _EXTERNAL) or (location == _EXTERNAL) != bool(entries):
         raise reader.refused(f"has the tensor {shorten(name)}, of which it is not clear where its data are")
+    weights = Value(WEIGHTS, sizes, number=numbers[0] if len(numbers) == 1 else None)
     if not entries:
-        return
+        return name, weights
     for key, text in entries.items():
         if key not in ("location", "offset", "length"):
             raise reader.refused(f"has {shorten(key)} in the tensor {shorten(name)}, which is unknown here")
@@ -249,6 +254,7 @@ def _tensor(reader: Reader, place: range, found: _Found, *, node: bool = False) 
     files.beside(reader.path, entries.get("location"))
     end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
     found.external.append(_External(name, entries["location"], end, node))
+    return name, weights
 
 
 def _entry(reader: Reader, place: range) -> tuple[str, str]:

@@ -13,9 +13,9 @@ from . import files
 
 # A graph of Phi-3-mini has some 14,000 fields that are read or jumped over, and 0.1 MB of names.
 _MOST_FIELDS, _MOST_TEXT = 1_000_000, 64 * files.MiB
-# By message and field number: the name, and how the field is read. `skip` jumps over it; `number` and `text` come at
-# most once, `texts` and `numbers` (also packed) more often; a message's name means one such part, with a star several;
-# `refuse` may not be there.
+# By message and field number: the name, and how the field is read. `skip` jumps over it; `number`, `text` and `bytes`
+# come at most once, `texts` and `numbers` (also packed) more often; a message's name means one such part, with a star
+# several; `refuse` may not be there.
 _SKIP = ("", "skip")
 _FIELDS: dict[str, dict[int, tuple[str, str]]] = {
     "ModelProto": {
@@ -65,10 +65,12 @@ _FIELDS: dict[str, dict[int, tuple[str, str]]] = {
         23: ("sparse_tensors", "refuse"),
     },
     "TensorProto": {
-        **dict.fromkeys((2, 4, 5, 6, 7, 9, 10, 11, 12, 16), _SKIP),
+        **dict.fromkeys((2, 4, 5, 6, 10, 11, 12, 16), _SKIP),
         1: ("dims", "numbers"),
         3: ("segment", "refuse"),
+        7: ("int64_data", "numbers"),
         8: ("name", "text"),
+        9: ("raw_data", "bytes"),
         13: ("external_data", "StringStringEntryProto*"),
         14: ("data_location", "number"),
     },
@@ -140,6 +142,10 @@ class Reader:
         if self._text > _MOST_TEXT:
             raise self.refused(f"has more than {_MOST_TEXT} bytes of names")
         return self._content[place.start : place.stop].decode("utf-8", "surrogateescape")
+
+    def integer(self, place: range) -> int:
+        """The bytes of a whole number, the lowest first."""
+        return int.from_bytes(self._content[place.start : place.stop], "little", signed=True)
 
     def numbers(self, place: range) -> list[int]:
         """Packed numbers."""
