@@ -1,21 +1,26 @@
 """What a tokenizer's files may say. Run: pytest tests/test_trust_tokenizer.py."""
 
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from families import KINDS
+from hypothesis import given
+from hypothesis import strategies as st
 
 from phi3_mlflow.builders.transformers import save_model
 from phi3_mlflow.cli import cli
 from phi3_mlflow.runtime import loading, trust
 from phi3_mlflow.runtime.errors import WeightsError
+from phi3_mlflow.runtime.layouts import Layouts, finder
 from phi3_mlflow.runtime.tokens import Tokens
 from phi3_mlflow.runtime.trust.tokenizer_json import _REGEXES
 
@@ -103,6 +108,7 @@ CUT = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "strid
         ("added_tokens/3/id", 3000, "added_tokens[3].id 3000 for '<|endoftext|>': it must be 2048"),
         ("added_tokens/3/content", "", "added_tokens[3].content ''"),
         ("added_tokens/3/content", "<s>", "added_tokens[3].content '<s>' twice"),
+        ("added_tokens/3/content", "x" * 201, "it must be text of 1 to 200 characters"),
         ("added_tokens/3/further", 1, "the key added_tokens[3].further, which no tokenizer here needs"),
         ("added_tokens", ..., "no added_tokens"),
         ("model", ..., "no model.type"),
@@ -180,12 +186,108 @@ def test_what_no_byte_level_tokenizer_needs_is_refused_by_name(byte_level, path,
         ("added_tokens_decoder/2048/content", "<s>", "'<s>' as token 2048, and tokenizer.json has it as 1"),
         ("added_tokens_decoder/9", {"content": "<x>"}, "'<x>' as token 9, and tokenizer.json has no such added token"),
         ("model_max_length", "many", "model_max_length 'many'"),
+        ("bos_token", "x" * 201, "it must be null or text of 1 to 200 characters or an object"),
+        ("added_tokens_decoder/2048/content", "x" * 201, "it must be text of 1 to 200 characters"),
+        (
+            "additional_special_tokens",
+            [f"{number:0128}" for number in range(2049)],
+            "tokenizer_config.json has added tokens of 262",
+        ),
+        (
+            "extra_special_tokens",
+            {f"x{number}": {"content": f"{number:0128}"} for number in range(2049)},
+            "tokenizer_config.json has added tokens of 262",
+        ),
     ],
 )
 def test_what_transformers_would_follow_is_refused(embedded, path, value, message):
     change(embedded, path, value, "tokenizer_config.json")
     with pytest.raises(WeightsError, match=re.escape(message)):
         trust.check_tokenizer(embedded)
+
+
+def added(folder, words):
+    """Adds so many tokens to tokenizer.json."""
+    content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    first = 1 + max(token["id"] for token in content["added_tokens"])
+    content["added_tokens"] += [{"id": first + i, "content": word, **ADDED} for i, word in enumerate(words)]
+    (folder / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+
+
+def within(seconds, program, *arguments):
+    """Runs a program in another process, with a watchdog."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    subprocess.run(command, check=True, env=environment, timeout=seconds)
+
+
+LOAD = """
+import sys, pathlib
+from phi3_mlflow.runtime import trust
+from phi3_mlflow.runtime.tokens import Tokens
+folder = pathlib.Path(sys.argv[1])
+trust.check_tokenizer(folder)
+Tokens.from_folder(folder, template=False)
+"""
+
+
+def test_added_tokens_are_refused_where_they_are_longer_together_than_any_tokenizers(embedded):
+    path = embedded / "tokenizer.json"
+    before = sum(len(token["content"]) for token in json.loads(path.read_text("utf-8"))["added_tokens"])
+    words = [f"{number:0128}" for number in range(2046)]
+    added(embedded, [*words, "x" * (256 - before)])
+    trust.check_tokenizer(embedded)
+    added(embedded, ["y"])
+    with pytest.raises(WeightsError, match="added tokens of 262145 characters together: they must be at most 262144;"):
+        trust.check_tokenizer(embedded)
+
+
+def test_a_merge_of_endless_parts_is_not_taken_apart(embedded):
+    change(embedded, "model/merges/7", " " * 30_000_000)
+    tracemalloc.start()
+    with pytest.raises(WeightsError, match=r"has model\.merges\[7\] '   .*it must be a list of two tokens"):
+        trust.check_tokenizer(embedded)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200_000_000  # some copies of the file; a list of all parts takes 240 MB more
+
+
+@pytest.mark.parametrize("kind", ["letters", "spaces"])
+def test_as_many_added_tokens_as_there_may_be_are_read_in_time(byte_level, kind):
+    """It took the square of their number."""
+    letters = ("abcdefgh", " \t\u2002\u2003\u2004\u2005\u2006\u2007")[kind == "spaces"]
+    words = ("".join(word) for word in itertools.product(letters, repeat=8))
+    added(byte_level, [word for word, _ in zip(words, range(32_700), strict=False)])
+    within(60, LOAD, byte_level)
+
+
+def test_a_template_full_of_what_tokens_begin_with_is_read_in_time(embedded):
+    """It took the product of its length and theirs."""
+    added(embedded, ["a" * 190 + f"{number:04}" for number in range(1300)])
+    template = json.loads((embedded / "tokenizer_config.json").read_text("utf-8"))["chat_template"]
+    change(embedded, "chat_template", template + "{#" + "-" * 100 + "#}" + "a" * 60_000, "tokenizer_config.json")
+    within(60, LOAD, embedded)
+
+
+@given(
+    names=st.sets(st.text("ab<> \u00fc\U0001f999", min_size=1, max_size=4), max_size=6),
+    text=st.text("ab<> \u00fc\U0001f999\n", max_size=30),
+)
+def test_control_tokens_are_found_as_an_expression_of_all_of_them_finds_them(names, text):
+    control = {name: number for number, name in enumerate(sorted(names))}
+    layouts = Layouts.__new__(Layouts)
+    layouts._control, layouts._names = control, finder(control)
+    expression = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)"
+    expected = [control.get(part, part) for part in re.split(f"({expression})", text) if part]
+    assert list(layouts._text(text)) == expected
+
+
+def test_a_token_of_a_name_that_a_file_has_for_its_keys_is_only_a_token(embedded):
+    path = embedded / "added_tokens.json"
+    for name in ("added_tokens_decoder", "additional_special_tokens"):
+        path.write_text(json.dumps({name: 7}))
+        with pytest.raises(WeightsError, match=f"has '{name}' as token 7, and tokenizer.json has no such added token"):
+            trust.check_tokenizer(embedded)
 
 
 def test_the_older_files_beside_it_are_checked_too(embedded):

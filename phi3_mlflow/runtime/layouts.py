@@ -6,11 +6,12 @@ Knows the names of control tokens; encodes nothing.
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jinja2
+from tokenizers import AddedToken, Tokenizer, models
 
 from .errors import InvalidRequest, WeightsError
 from .templates import ChatTemplate
@@ -69,8 +70,7 @@ class Layouts:
         self._roles = {id: role for role in ROLES if (id := control.get(f"<|{role}|>")) is not None}
         if (answer := control.get(_TOOL_RESPONSE)) is not None:
             self._roles[answer] = "tool"
-        named = "|".join(re.escape(name) for name in sorted(control, key=len, reverse=True))
-        self._pattern = re.compile(_PLACEHOLDER.pattern + (f"|{named}" if named else ""))
+        self._names = finder(control)
         self._cached = lru_cache(maxsize=256)(self._split)
         self.tools = template.place_of_tools
         if self.tools == "system" and _TOOL_RESPONSE not in control:
@@ -103,8 +103,14 @@ class Layouts:
 
     def _refuse_control(self, tools: str) -> None:
         """The template puts tools among its own text, in which the names of control tokens count."""
-        if found := self._pattern.search(tools) or re.search("[\ue000\ue001]", tools):
+        found = [part for _, part in self._named(tools)] or re.findall("[\ue000\ue001]", tools)
+        if found:
             raise InvalidRequest("tools", f"have the text {found[0]!r}, which is a control token here; leave it out")
+
+    def _named(self, text: str) -> Iterator[tuple[int, str]]:
+        """The control tokens that a text names: where each begins, and its name."""
+        found = self._names.encode(text, add_special_tokens=False)
+        return zip((start for start, _ in found.offsets), found.tokens, strict=True)
 
     def _split(self, roles: tuple[str, ...], tools: str | None) -> list[Part]:
         parts = self._parts(roles, tools)
@@ -123,21 +129,29 @@ class Layouts:
         except jinja2.TemplateError as error:
             wrong = bisect_left(range(len(roles) - 1), True, key=lambda i: self._template.refuses(turns[: i + 1]))
             raise _inexpressible(roles, wrong, f"; it says: {error}") from error
+        if any("\ud800" <= char <= "\udfff" for char in set(rendered)):
+            raise _inexpressible(roles, len(roles) - 1, "; it makes half of a surrogate pair")
         parts: list[Part] = []
         position = 0
-        for match in self._pattern.finditer(rendered):
-            if match.start() > position:
-                parts.append(rendered[position : match.start()])
-            if match[2]:
-                if bool(match[1]) != bool(match[3]):
-                    raise _inexpressible(roles, int(match[2]), "; it trims one side of it alone")
-                parts.append(Place(int(match[2]), not match[1]))
-            else:
-                parts.append(self._control[match[0]])
+        for match in _PLACEHOLDER.finditer(rendered):
+            if bool(match[1]) != bool(match[3]):
+                raise _inexpressible(roles, int(match[2]), "; it trims one side of it alone")
+            parts += self._text(rendered[position : match.start()])
+            parts.append(Place(int(match[2]), not match[1]))
             position = match.end()
-        if position < len(rendered):
-            parts.append(rendered[position:])
+        parts += self._text(rendered[position:])
         return parts
+
+    def _text(self, text: str) -> Iterator[int | str]:
+        """A text of the template's own, with its control tokens by their ids."""
+        position = 0
+        for start, name in self._named(text):
+            if start > position:
+                yield text[position:start]
+            yield self._control[name]
+            position = start + len(name)
+        if position < len(text):
+            yield text[position:]
 
     def _check(self, roles: tuple[str, ...], parts: Sequence[Part], places: int) -> None:
         """Every message must appear once, in order, and directly behind its own role's mark; tools in the first one."""
@@ -198,6 +212,16 @@ class Layouts:
         if len(marks) < 2 or "" in marks:
             raise _inexpressible(("user",), 0, "; nothing in it tells who speaks")
         return marks
+
+
+def finder(names: Iterable[str]) -> Tokenizer:
+    """A tokenizer that gives the names in a text and leaves the rest out, the longest at each place.
+
+    However many names there are, it takes the time of the text; an expression would try one after the other.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in names])
+    return tokenizer
 
 
 def _placeholder(message: int) -> str:

@@ -76,7 +76,7 @@ def _byte_level(parsed: Mapping[str, Any]) -> Vocabulary:
     # Runs of spaces and tabs that came later than the vocabulary (Phi-2's) are text: they say nothing to the model
     # that the same text in other tokens would not.
     text = [token for token in parsed["added_tokens"] if token["content"].isspace()]
-    control = {token["content"]: token for token in parsed["added_tokens"] if token not in text}
+    control = {token["content"]: token for token in parsed["added_tokens"] if not token["content"].isspace()}
     names = {**parsed["model"]["vocab"], **{token["content"]: token["id"] for token in text}}
     pieces = _pieces(parsed, {name: _spelled(name) for name in names}, text)
     longest = max(map(len, pieces)) * (_COMPOSED if parsed.get("normalizer") else 1)
@@ -97,7 +97,7 @@ def _pieces(
     parsed: Mapping[str, Any], spelled: Mapping[str, bytes], text: Sequence[Mapping[str, Any]] = ()
 ) -> list[bytes]:
     vocab = {**parsed["model"]["vocab"], **{token["content"]: token["id"] for token in text}}
-    control = {token["id"] for token in parsed["added_tokens"] if token not in text}
+    control = {token["id"] for token in parsed["added_tokens"]} - {token["id"] for token in text}
     pieces = [b""] * (1 + max([*vocab.values(), *control]))
     for name, token in vocab.items():
         if token not in control:

@@ -5,16 +5,16 @@ names, which may be anything that transformers has, and takes other files or rep
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import WeightsError, shorten
 from . import files, rules
-from .tokenizer_json import FALSE, ID, TEXT, TOKEN, WHY, WORD
+from .tokenizer_json import ADDED, FALSE, ID, TEXT, TOKEN, WHY, WORD, check_sum
 
 # A token in the other files: its text alone, or with what tokenizer.json says of it.
-_NAMED_TOKEN = rules.optional(rules.Either((WORD, TOKEN)))
+_NAMED_TOKEN = rules.optional(rules.Either((ADDED, TOKEN)))
 _NAMED = dict.fromkeys((f"{part}_token" for part in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")), _NAMED_TOKEN)
 _FURTHER = rules.Either((rules.NULL, rules.List(_NAMED_TOKEN, 2**15), rules.Named(WORD, _NAMED_TOKEN, 2**15)))
 _SPECIAL = {**_NAMED, "additional_special_tokens": _FURTHER, "extra_special_tokens": _FURTHER}
@@ -82,8 +82,16 @@ _CONFIG: Mapping[str, Any] = {
 FILES: Mapping[str, tuple[Any, int]] = {
     "tokenizer_config.json": (_CONFIG, 4 * files.MiB),
     "special_tokens_map.json": (_SPECIAL, files.MiB),
-    "added_tokens.json": (rules.Named(WORD, ID, 2**15), 4 * files.MiB),
+    "added_tokens.json": (rules.Named(ADDED, ID, 2**15), 4 * files.MiB),
 }
+
+
+def _further(content: Mapping[str, Any]) -> Iterator[str]:
+    """Tokens that transformers adds where tokenizer.json does not have them."""
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        tokens = content.get(key) or ()
+        for token in tokens.values() if isinstance(tokens, dict) else tokens:
+            yield token["content"] if isinstance(token, dict) else token or ""
 
 
 def check(folder: Path, added: Mapping[str, int]) -> None:
@@ -104,9 +112,12 @@ def check(folder: Path, added: Mapping[str, int]) -> None:
         content = files.plain(path, files.json_object(path, limit))
         files.encodable(path, content)
         rules.check(path, content, allowed, WHY)
-        listed = content if name == "added_tokens.json" else {}
+        listed: dict[str, int] = {}
+        if name == "added_tokens.json":
+            listed, content = content, {}
         for number, token in content.get("added_tokens_decoder", {}).items():
             listed[token["content"]] = int(number)
+        check_sum(path, [*listed, *_further(content)])
         for word, number in listed.items():
             if added.get(word) != number:
                 has = f"it as {added[word]}" if word in added else "no such added token"

@@ -6,7 +6,7 @@ refused, whatever it is.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,18 @@ WHY = "which no tokenizer here needs: remove the key if you know where it comes 
 _MOST_IDS = 2**20  # one place in memory for each
 _MOST_MERGES = 2**21
 _LONGEST = 1000  # characters of a token
+# Characters of an added token, and of all in a file. What finds them in a text takes 100 bytes of memory for each, and
+# time that grows with it. Of Llama 3's 256 tokens the longest has 29, and all have 7,000.
+_LONGEST_ADDED, _MOST_ADDED = 200, 2**18
 _SPACE = "\u2581"  # that of SentencePiece
 ID = rules.integer(0, _MOST_IDS - 1)
-WORD = rules.Rule(f"text of 1 to {_LONGEST} characters", lambda v: isinstance(v, str) and 0 < len(v) <= _LONGEST)
+
+
+def _word(most: int) -> rules.Rule:
+    return rules.Rule(f"text of 1 to {most} characters", lambda v: isinstance(v, str) and 0 < len(v) <= most)
+
+
+WORD, ADDED = _word(_LONGEST), _word(_LONGEST_ADDED)
 TEXT = rules.Rule("text", lambda value: isinstance(value, str))
 _ANYTHING = rules.Rule("anything", lambda value: True)
 FALSE = rules.Rule("false", lambda value: value is False)
@@ -133,7 +142,7 @@ _KINDS = {
 
 _FLAGS = dict.fromkeys(("lstrip", "rstrip", "normalized", "special"), rules.FLAG)
 # A token that counts as a word of its own alone would be text elsewhere, and templates would lose their marks.
-_TOKEN = {"content": WORD, "single_word": FALSE, **_FLAGS}
+_TOKEN = {"content": ADDED, "single_word": FALSE, **_FLAGS}
 TOKEN = rules.Object({**_TOKEN, "__type": rules.one_of("AddedToken")}, ("content",))
 _SIDE = rules.one_of("Left", "Right")
 _LENGTH = rules.integer(1, _MOST_IDS)
@@ -220,7 +229,7 @@ def _check_vocabulary(path: Path, model: Mapping[str, Any]) -> None:
     if len(merges) > _MOST_MERGES:
         raise WeightsError(f"{path} has {len(merges)} model.merges: they must be at most {_MOST_MERGES}")
     for index, merge in enumerate(merges):
-        pair = merge.split(" ") if isinstance(merge, str) else merge
+        pair = merge.split(" ", 2) if isinstance(merge, str) else merge
         if not isinstance(pair, list) or [*map(type, pair)] != [str, str]:
             raise WeightsError(
                 f"{path} has model.merges[{index}] {shorten(merge)}: it must be a list of two tokens, or both with a "
@@ -235,13 +244,14 @@ def _check_vocabulary(path: Path, model: Mapping[str, Any]) -> None:
 
 def _check_added(path: Path, tokens: list[dict[str, Any]], vocab: Mapping[str, int]) -> dict[str, int]:
     """The ids of the added tokens by their names."""
+    check_sum(path, (token["content"] for token in tokens))
     added: dict[str, int] = {}
+    largest = 0
     for index, token in enumerate(tokens):
         word, number = token["content"], token["id"]
         if word in added:
             raise WeightsError(f"{path} has added_tokens[{index}].content {shorten(word)} twice: do not use this copy")
         # What the library makes of it, whatever the file says: see AddedVocabulary.add_tokens in its Rust sources.
-        largest = max(added.values(), default=0)
         expected = vocab.get(word, largest + 1 if largest >= len(vocab) else len(vocab))
         if number != expected:
             raise WeightsError(
@@ -249,7 +259,22 @@ def _check_added(path: Path, tokens: list[dict[str, Any]], vocab: Mapping[str, i
                 "tokens have the ids of model.vocab or, in their order, those behind it"
             )
         added[word] = number
+        largest = max(largest, number)
     return added
+
+
+def check_sum(path: Path, words: Iterable[str]) -> None:
+    """Checks how long the added tokens of a file are together.
+
+    Raises:
+        WeightsError: they are too long.
+    """
+    size = sum(map(len, words))
+    if size > _MOST_ADDED:
+        raise WeightsError(
+            f"{path} has added tokens of {size} characters together: they must be at most {_MOST_ADDED}; remove those "
+            "that the model was not trained with"
+        )
 
 
 def _check_parts(path: Path, parts: Mapping[str, Any], added: Mapping[str, int]) -> None:
