@@ -41,6 +41,7 @@ ODD = {
     "a length": ("[" + "1," * 500_000 + "]", "has more than 20000 values"),
     "a number of base 60": ("a: 1" + ":1" * 400_000, "has a number of more than 100 characters"),
     "a number of base 60 with a tag": ("a: !!int '1" + ":1" * 400_000 + "'", "has a number of more than 100"),
+    "a character that is none": ('a: "\\UFFFFFFFF"\n', "is no YAML"),
     "a list as a key": ("? [a]\n: b\n", "is no YAML"),
     "a number without digits": ("a: !!int ''\n", "is no YAML"),
     "a truth that is none": ("a: !!bool x\n", "is no YAML"),

@@ -106,7 +106,8 @@ def test_an_interrupted_export_leaves_nothing(source: Path, tmp_path: Path) -> N
 
 
 def test_damaged_weights_are_named_and_leave_nothing(source: Path, tmp_path: Path) -> None:
-    (source / "model.safetensors").write_bytes(b"no weights")
+    size = (source / "model.safetensors").stat().st_size
+    (source / "model.safetensors").write_bytes(b"no weights".ljust(size))
     with pytest.raises(WeightsError, match=r"model\.safetensors cannot be read: "):
         export(source, tmp_path / "onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

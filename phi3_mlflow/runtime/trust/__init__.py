@@ -43,6 +43,7 @@ _IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "fla
 _SIZES: Mapping[str, Any] = {
     "model_type": rules.text(100),
     "architectures": rules.List(rules.text(100), 10),
+    **dict.fromkeys(("dtype", "torch_dtype"), rules.one_of("float32", "float16", "bfloat16")),
     "vocab_size": rules.integer(1, 2**20),
     "num_hidden_layers": rules.integer(1, 1024),
     "num_labels": rules.integer(0, 1024),
@@ -167,6 +168,10 @@ def transformers_files(folder: Path, tokenizer: Path) -> list[Path]:
             "one: merge the adapter with PEFT's merge_and_unload and save the result"
         )
     weights = [files.needed(path) for path in _safetensors(folder)]
+    _check_enough(folder / "config.json", config, weights)
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        if path.exists():
+            _check_ids(path, _json(path), config["vocab_size"])
     for place in dict.fromkeys((folder, tokenizer)):
         _check_texts(place, config.get("vocab_size"))
     needed = [tokenizer / "tokenizer.json", tokenizer / "tokenizer_config.json"]
@@ -225,6 +230,30 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
                     f"{path} has {name} {shorten(config[name])}, which may name code on the hub: it must be one of "
                     f"{', '.join(_IMPLEMENTATIONS)}, or not be there"
                 )
+
+
+def _check_enough(path: Path, config: Mapping[str, Any], weights: Collection[Path]) -> None:
+    """Compares the sizes with the weights: transformers makes at random, in memory, what these lack."""
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    rules.require(path, config, needed)
+    vocabulary, hidden, inner, layers, heads = (config[key] for key in needed)
+    head = config.get("head_dim") or hidden // heads
+    # At the least: one matrix of the two or three in a layer's MLP, of the four in its attention, and the embeddings,
+    # with a byte for each number.
+    attention = head * max(heads, config.get("num_key_value_heads") or 0)
+    least = hidden * (vocabulary + layers * (inner + attention))
+    size = sum(file.stat().st_size for file in weights)
+    if least > size:
+        raise WeightsError(
+            f"{path} has the sizes of a model of more than {least} bytes, and its weights have {size}: copy or "
+            "download both again"
+        )
+
+
+def _check_ids(path: Path, config: Mapping[str, Any], rows: int) -> None:
+    token = rules.integer(-1, rows - 1)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        rules.check(path, config.get(key), rules.Either((rules.NULL, token, rules.List(token, 64))), "", key)
 
 
 def _safetensors(folder: Path) -> list[Path]:
