@@ -77,7 +77,7 @@ def _look_up(spec: "Spec") -> None:
 @click.option("-c", "--config", multiple=True, metavar="NAME=VALUE", help="A setting or default of the models.")
 @click.option("--trace", type=click.FloatRange(0, 1), help="Trace this share of requests to MLflow, such as 1 or 0.1.")
 @click.option(
-    "--access-log", default="-", metavar="FILE", help="JSON lines, or none.  [default: plain lines on stderr]"
+    "--access-log", default="-", metavar="FILE", help="JSON lines, or none.  [default: stderr, plain on a terminal]"
 )
 @click.option("--log-prompts", is_flag=True, help="Let the access log have prompts and answers.")
 def serve(
@@ -166,7 +166,7 @@ def serve(
             lines: TextIO = sys.stderr
             if access_log != "-":
                 lines = stack.enter_context(Path(access_log).open("a", encoding="utf-8"))
-            log = AccessLog(lines, prompts=log_prompts, plain=access_log == "-")
+            log = AccessLog(lines, prompts=log_prompts, plain=lines.isatty())
             stack.callback(log.close)
             observers.append(log)
             backgrounds["access log"] = log.lines

@@ -231,7 +231,7 @@ def test_a_stream_that_takes_nothing_any_more_holds_up_nobody():
 
 def test_the_documentation_names_every_field_and_shows_a_line_as_it_is(service):
     page = (Path(__file__).resolve().parents[2] / "docs" / "serve.md").read_text("utf-8")
-    (paragraph,) = [each for each in page.split("\n\n") if each.startswith("For programs, `--access-log FILE`")]
+    (paragraph,) = [each for each in page.split("\n\n") if each.startswith("Where stderr is no terminal")]
     whole = answered(service)
     whole.trace_id, whole.error = "tr-1", "broken"
     assert set(fields_of(whole)) <= set(re.findall(r"`(\w+)`", paragraph))
