@@ -3,6 +3,7 @@
 Knows ASGI, and nothing of the routes but which of them are open.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import Collection, Sequence
@@ -97,6 +98,12 @@ class Gate:
             await self._app(scope, self._limited(receive), watched)
         except ClientLeft:
             record.status, record.error = 499, "the client left"
+        except asyncio.CancelledError:
+            if not self._server.draining:
+                raise
+            record.error = "the server has ended"  # uvicorn would log a traceback
+            if not record.status:
+                await _ending().response()(scope, receive, watched)
         except Exception as error:
             told = http_error(error)
             if told.status == 500:
@@ -130,7 +137,7 @@ class Gate:
         if length.isdigit() and int(length) > self._limits.body:
             raise self._too_large()
         if self._server.draining:
-            raise HttpError(503, "the server is ending", kind="server_error", code="unavailable", retry_after=5)
+            raise _ending()
         most = self._limits.concurrent
         if most is not None and self._server.current > most:
             problem = f"{most} requests are under way, as many as may be; try again in a second"
@@ -151,6 +158,10 @@ class Gate:
 
     def _too_large(self) -> HttpError:
         return HttpError(413, f"the body is larger than {self._limits.body} bytes; send less", code="body_too_large")
+
+
+def _ending() -> HttpError:
+    return HttpError(503, "the server is ending", kind="server_error", code="unavailable", retry_after=5)
 
 
 def _hostname(host: str) -> str:

@@ -26,8 +26,10 @@ _logger = logging.getLogger(__name__)
 # Bytes of a request's line and headers, and the seconds in which they must have arrived.
 _HEADER_BYTES = 65_536
 _HEADER_SECONDS = 20.0
-# Seconds for which an idle connection is kept, and for which the last bytes may take at the end.
+# Seconds for which an idle connection is kept, in which a client must take something of what was sent to it, and for
+# which the last bytes may take at the end.
 _KEEP_ALIVE = 65
+_TAKE_SECONDS = 60
 _LAST_BYTES = 5
 
 
@@ -55,7 +57,7 @@ class Process:
 
 
 class _Protocol(H11Protocol):
-    """Closes a connection on which a request begins and does not arrive: uvicorn's clock runs between requests only."""
+    """What uvicorn leaves open: requests that begin and do not arrive, and what comes behind one that is answered."""
 
     _arriving: asyncio.TimerHandle | None = None
 
@@ -64,8 +66,18 @@ class _Protocol(H11Protocol):
         self._watch()
 
     def data_received(self, data: bytes) -> None:
+        if self.conn.their_state is h11.MUST_CLOSE:
+            return  # the last request has come; some clients send an empty line behind it
         super().data_received(data)
+        if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) < _HEADER_BYTES:
+            self.flow.resume_reading()  # else nobody would see that the client leaves
         self._watch()
+
+    def handle_events(self) -> None:
+        try:
+            super().handle_events()
+        except h11.LocalProtocolError:  # what came is no request, and an answer was begun: no 400 can be told
+            self.transport.close()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -75,6 +87,9 @@ class _Protocol(H11Protocol):
         super().connection_lost(exc)
         if self._arriving is not None:
             self._arriving.cancel()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Clients may ask for HTTP/2 or WebSockets, and go on without."""
 
     def _watch(self) -> None:
         """Runs the clock while headers arrive, and while a body arrives that was answered before its end."""
@@ -112,6 +127,8 @@ def listen(process: Process) -> socket.socket:
     # Connections inherit it. asyncio sets it for sockets whose protocol is named alone; without it a client that
     # acknowledges late (40 ms) gets what follows the headers as late.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; without it a client that takes nothing could hold on for ever
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _TAKE_SECONDS)
     return listening
 
 
