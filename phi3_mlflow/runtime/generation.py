@@ -32,6 +32,8 @@ class Generation:
         calls: reads the calls of tools, where there may be some.
         choice: which of the request's n choices this is.
         echo: the prompt's own incremental decoder, where the log probabilities of its tokens are wanted.
+        echoed: whether the answer begins with the prompt. Who reads it counts the prompt's tokens from both ends, so
+            that with log probabilities the end token has one too.
 
     Attributes:
         next: the token to be decoded next; None before the first one was sampled, and once the answer has ended.
@@ -55,6 +57,7 @@ class Generation:
         calls: CallReader | None = None,
         choice: int = 0,
         echo: TextDecoder | None = None,
+        echoed: bool = False,
     ):
         self.prompt = prompt
         self.choice = choice
@@ -76,6 +79,7 @@ class Generation:
         self._top = options.top_logprobs if options.logprobs else None
         self._written = self._shown = 0  # characters
         self._likely: deque[TokenLogprob] = deque()  # of tokens whose text is not shown yet
+        self._ends = echoed and self._top is not None
         self._echo = echo
         self._echoed = 0  # characters
         if echo is not None:
@@ -128,9 +132,8 @@ class Generation:
         self.sampled += 1
         if token in self._eos:
             ended = self.end("eos")
-            if self._echo is None:
+            if not self._ends:
                 return ended
-            # Who has the prompt echoed counts its tokens from both ends: each token of the answer has its place.
             last = replace(self._likelihood(0, raw, token, self._text), start=self._written)
             return replace(ended, logprobs=[*(ended.logprobs or ()), last])
         if self._grammar is not None:

@@ -253,6 +253,7 @@ class Service:
                 calls=CallReader(self.tokens.calls) if request.tools and self.tokens.calls else None,
                 choice=choice,
                 echo=self.tokens.decoder() if request.echo and options.logprobs and choice == 0 else None,
+                echoed=request.echo,
             )
             for choice in range(options.n)
         ]

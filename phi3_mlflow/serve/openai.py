@@ -204,8 +204,7 @@ class Shape:
                     {
                         "index": self._index(place, index),
                         **body,
-                        "logprobs": None,
-                        **chat.logprobs(likely, chat=self._chat),
+                        "logprobs": self._logprobs(likely),
                         "finish_reason": chat.finish_reason(choice.reason),
                         "stop_reason": choice.reason,
                     }
@@ -237,14 +236,15 @@ class Shape:
         index = self._index(place, piece.choice)
         first = index not in self._opened
         chunks = []
-        if piece.text or piece.calls or first:
+        if piece.text or piece.calls or piece.logprobs or first:
             self._opened.add(index)
             text, likely = self._text(place, piece.text, piece.logprobs, first=first)
             body: dict[str, Any] = {"text": text}
             if self._chat:
                 body = {"delta": chat.delta_of(self._answers[place].choices[piece.choice], piece, first=first)}
-            found = chat.logprobs(likely, chat=self._chat)
-            chunks.append(self._chunk([{"index": index, **body, "logprobs": None, **found, "finish_reason": None}]))
+            chunks.append(
+                self._chunk([{"index": index, **body, "logprobs": self._logprobs(likely), "finish_reason": None}])
+            )
         if piece.reason is not None:
             end: dict[str, Any] = {"delta": {}} if self._chat else {"text": ""}
             ended = {"finish_reason": chat.finish_reason(piece.reason), "stop_reason": piece.reason}
@@ -261,6 +261,12 @@ class Shape:
 
     def _index(self, place: int, choice: int) -> int:
         return place * self._wanted.requests[place].options.n + choice
+
+    def _logprobs(self, likely: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+        if likely is None:
+            return None
+        found: dict[str, Any] = chat.logprobs(likely, chat=self._chat)["logprobs"]
+        return {**found, "refusal": None} if self._chat else found
 
     def _text(
         self, place: int, text: str, likely: Sequence[TokenLogprob] | None, *, first: bool

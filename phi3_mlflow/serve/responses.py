@@ -57,7 +57,7 @@ def parse(body: Mapping[str, Any], defaults: Options) -> Wanted:
         if (given := values.pop(name, None)) is not None and given not in allowed:
             raise InvalidRequest(name, f"is {shorten(given)}, and Phi-3 was not trained to call tools; leave it out")
     stream = Flag().check("stream", values.pop("stream", False))
-    if values.pop("stream_options", None):
+    if values.pop("stream_options", None) not in (None, {}, {"include_obfuscation": False}):
         raise InvalidRequest("stream_options", "is given; a stream of typed events ends with the usage anyway")
     options: dict[str, Any] = {name: values.pop(name) for name in _OPTIONS if name in values}
     if "max_output_tokens" in values:
@@ -194,7 +194,8 @@ class Shape:
 
     def failed(self, message: str, code: str | None) -> dict[str, Any]:
         """The event that ends a response in its middle."""
-        error = {"code": code or "server_error", "message": message}
+        # The reference has no other codes for what may happen here.
+        error = {"code": code if code == "rate_limit_exceeded" else "server_error", "message": message}
         return self._event("response.failed", response={**self._object("failed"), "error": error})
 
     def _object(self, status: str) -> dict[str, Any]:

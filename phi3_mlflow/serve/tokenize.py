@@ -11,8 +11,8 @@ from phi3_mlflow.runtime.service import Service
 from . import openai
 
 _MOST_TOKENS = 1_000_000
-# Reading holds up everybody else.
-_MOST_CHARACTERS = 200_000
+# Reading holds up everybody else. A message's role takes about as long as so many characters.
+_MOST_CHARACTERS, _ROLE = 200_000, 10
 
 
 def tokenize(body: Mapping[str, Any], service: Service) -> dict[str, Any]:
@@ -30,17 +30,20 @@ def tokenize(body: Mapping[str, Any], service: Service) -> dict[str, Any]:
     if "messages" in values:
         if Flag().check("add_generation_prompt", values.pop("add_generation_prompt", True)) is False:
             raise InvalidRequest("add_generation_prompt", "is false; prompts of this server always end with one")
+        if Flag().check("add_special_tokens", values.pop("add_special_tokens", False)):
+            raise InvalidRequest("add_special_tokens", "is true, and a chat has those of its template; leave it out")
         request = openai.parse_chat(values, Options(), tools=service.calls_tools).requests[0]
+        messages: Any = request.prompt
+        _bound("messages", sum(_ROLE + len(message["content"]) for message in messages))
         functions = () if request.tools is None else request.tools.functions
-        ids = service.tokens.encode_chat(request.prompt, functions)  # type: ignore[arg-type]
+        ids = service.tokens.encode_chat(messages, functions)
     else:
         special = Flag().check("add_special_tokens", values.pop("add_special_tokens", True))
         prompt = values.pop("prompt", None)
         if prompt is None:
             raise InvalidRequest("prompt", "is missing; give it, or `messages`")
         text = check_text("prompt", prompt)
-        if len(text) > _MOST_CHARACTERS:
-            raise InvalidRequest("prompt", f"has {len(text)} characters; at most {_MOST_CHARACTERS} are read at once")
+        _bound("prompt", len(text))
         for name in values:
             raise InvalidRequest(name, "is not a field of this request")
         # Evaluation harnesses ask for the ids of control tokens so, one alone; within a text they are text.
@@ -51,6 +54,11 @@ def tokenize(body: Mapping[str, Any], service: Service) -> dict[str, Any]:
     return found | {
         "token_strs": [decoder.piece(token).decode("utf-8", "replace") for token in ids] if strings else None
     }
+
+
+def _bound(field: str, characters: int) -> None:
+    if characters > _MOST_CHARACTERS:
+        raise InvalidRequest(field, f"has {characters} characters; at most {_MOST_CHARACTERS} are read at once")
 
 
 def info(service: Service) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import pytest
 from fakes import TOKENS, FakeDecoder, spell
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from openai.types.responses import Response
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
 
 from phi3_mlflow.runtime.errors import InvalidRequest
 from phi3_mlflow.runtime.options import Options
@@ -148,6 +149,8 @@ def test_what_a_chat_cannot_honour_is_named(fields, named):
         ({"input": []}, "input"),
         ({"input": [{"type": "function_call_output"}]}, "input[0]"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
+        ({"stream": True, "stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options"),
         ({"mood": 1}, "mood"),
     ],
 )
@@ -156,6 +159,13 @@ def test_what_a_response_cannot_honour_is_named(fields, named):
         respond(**fields)
 
     assert caught.value.field == named
+
+
+def test_a_response_that_is_not_to_be_obfuscated_is_not():
+    options = {"include_obfuscation": False}
+
+    assert respond(stream=True, stream_options=options) == respond(stream=True)
+    assert chat(stream=True, stream_options=options) == chat(stream=True)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +199,9 @@ def test_chats_have_openais_shape_whole_and_in_chunks(service, more):
     answer = openai.Shape(chat(**more), [run.answer for run in runs], "phi3", [None] * len(runs)).whole()
     ChatCompletion.model_validate(answer, strict=True)
     assert answer["choices"][0]["message"]["content"] == "hello world"
+    for likely in [answer["choices"][0]["logprobs"], *(c["choices"][0]["logprobs"] for c in chunks[:2])]:
+        assert (likely is None) is ("logprobs" not in more)
+        assert likely is None or set(likely) == {"content", "refusal"}
 
 
 def test_choices_are_encoded_one_by_one_and_the_body_is_the_same():
@@ -214,6 +227,21 @@ def test_completions_have_openais_shape_and_repeat_the_prompt_where_asked(servic
     assert [choice["text"] for choice in answer["choices"]] == ["hello hello world", "world hello world"]
 
 
+def test_a_stream_that_repeats_the_prompt_has_the_log_probabilities_of_the_whole_answer(service):
+    wanted = completion(echo=True, logprobs=1, n=2, stream=True)
+    runs, (pieces,) = whole(service, wanted)
+    prompts = [openai.echoed(each, TOKENS) for each in wanted.requests]
+    answer = openai.Shape(wanted, [run.answer for run in runs], "phi3", prompts).whole()
+    shape = openai.Shape(wanted, [run.answer for run in runs], "phi3", prompts)
+    streamed = [choice for piece in pieces for chunk in shape.chunks(0, piece) for choice in chunk["choices"]]
+
+    for choice in answer["choices"]:
+        assert choice["logprobs"]["tokens"][-1] == "<|end|>"
+        for name, values in choice["logprobs"].items():
+            own = [each["logprobs"] for each in streamed if each["index"] == choice["index"] and each["logprobs"]]
+            assert [value for likely in own for value in likely[name]] == values
+
+
 def test_responses_have_openais_shape(service):
     wanted = respond(instructions="yes", metadata={"a": "b"})
     (run,), (pieces,) = whole(service, wanted)
@@ -223,6 +251,20 @@ def test_responses_have_openais_shape(service):
     assert Response.model_validate(shape.whole()).output_text == "hello world"
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     assert events[-1]["response"] == shape.whole()
+    for event in events:
+        TypeAdapter(ResponseStreamEvent).validate_python(event)
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [("rate_limit_exceeded", "rate_limit_exceeded"), ("internal_error", "server_error"), ("timeout", "server_error")],
+)
+def test_a_response_that_fails_has_one_of_openais_codes(service, code, told):
+    wanted = respond()
+    (run,), _ = whole(service, wanted)
+    failed = responses.Shape({}, wanted.requests[0].options, run.answer, "phi3").failed("it failed", code)
+
+    assert TypeAdapter(ResponseStreamEvent).validate_python(failed).response.error.code == told
 
 
 def test_text_and_its_tokens_go_to_and_fro(service):
@@ -232,7 +274,8 @@ def test_text_and_its_tokens_go_to_and_fro(service):
     assert found["count"] == len(found["tokens"]) == len(found["token_strs"])
     assert found["tokens"][1:] == plain["tokens"]
     assert tokenize.detokenize({"tokens": plain["tokens"]}, service) == {"prompt": "hello world"}
-    assert tokenize.tokenize({"messages": HELLO}, service)["tokens"] == TOKENS.encode_chat(HELLO)
+    for plain in ({}, {"add_special_tokens": False, "add_generation_prompt": True}):
+        assert tokenize.tokenize({"messages": HELLO, **plain}, service)["tokens"] == TOKENS.encode_chat(HELLO)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +284,9 @@ def test_text_and_its_tokens_go_to_and_fro(service):
         (tokenize.tokenize, {}, "prompt"),
         (tokenize.tokenize, {"prompt": "a", "b": 1}, "b"),
         (tokenize.tokenize, {"messages": HELLO, "add_generation_prompt": False}, "add_generation_prompt"),
+        (tokenize.tokenize, {"messages": HELLO, "add_special_tokens": True}, "add_special_tokens"),
+        (tokenize.tokenize, {"messages": [{"role": "user", "content": "a" * 200_001}]}, "messages"),
+        (tokenize.tokenize, {"messages": HELLO * 20_000}, "messages"),
         (tokenize.detokenize, {}, "tokens"),
         (tokenize.detokenize, {"tokens": [1], "a": 1}, "a"),
         (tokenize.detokenize, {"tokens": [True]}, "tokens[0]"),
