@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 import phi3_mlflow
-from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error
+from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error, without_passwords
 from phi3_mlflow.verbs import as_json_option, emit
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -49,7 +49,7 @@ class _Group(click.Group):
         except BrokenPipeError:  # click ends quietly
             raise
         except (Phi3Error, OSError) as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(without_passwords(str(error))) from error
         except ModuleNotFoundError as error:
             raise click.ClickException(f"the Python package {error.name} is needed and is not installed") from error
         except (click.ClickException, click.exceptions.Exit, click.Abort):
@@ -60,7 +60,8 @@ class _Group(click.Group):
             from sqlalchemy.exc import SQLAlchemyError
 
             if isinstance(error, (MlflowException, SQLAlchemyError)):
-                raise click.ClickException(f"{str(error).splitlines()[0]}{_searched(error)}") from error
+                told = f"{str(error).splitlines()[0]}{_searched(error)}"
+                raise click.ClickException(without_passwords(told)) from error
             raise
 
 

@@ -1,6 +1,7 @@
 """The errors a user sees. Every message says what was wrong, with the value, and what to do next."""
 
 import copyreg
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,6 +56,11 @@ class Unavailable(Phi3Error):
 
 class FormatError(Phi3Error):
     """A logged model whose format this runtime cannot read."""
+
+
+def without_passwords(text: str) -> str:
+    """The text without what stands before the host in addresses."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
 
 
 def shorten(value: object, limit: int = 60) -> str:

@@ -128,7 +128,7 @@ class Server:
         if origins:
             cors = Middleware(
                 CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"],
-                expose_headers=["x-request-id", "x-mlflow-trace-id"],
+                expose_headers=["x-request-id", "x-mlflow-trace-id", "retry-after"],
             )  # fmt: skip
             middleware.insert(0, cors)
         # Everything else goes through to the gate.

@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+from phi3_mlflow.runtime.errors import without_passwords
+
 _logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
@@ -125,7 +127,7 @@ class Background(Generic[Item]):
             self.lost += count
             told, self._telling = self._telling, True
         if not told:
-            line = why.partition("\n")[0][:300]
+            line = without_passwords(why.partition("\n")[0])[:300]
             with contextlib.suppress(Exception):  # the log may be what is broken
                 _logger.warning("%s: %d lost (%s); more of them are counted and not said", self._name, count, line)
 

@@ -74,4 +74,7 @@ async def not_found(request: Request, error: Exception) -> JsonResponse:
 
 async def not_allowed(request: Request, error: Exception) -> JsonResponse:
     """What is told where a route takes another method."""
-    return HttpError(405, f"{request.method} is not taken at {request.url.path}", code="method_not_allowed").response()
+    problem = f"{request.method} is not taken at {shorten(request.url.path)}"
+    response = HttpError(405, problem, code="method_not_allowed").response()
+    response.headers.update(getattr(error, "headers", None) or {})  # which methods are
+    return response

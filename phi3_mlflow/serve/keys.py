@@ -58,6 +58,8 @@ def read(path: Path | None) -> Keys:
         # Who sets it wants keys: without any, the server would be open to all.
         raise KeysError(f"{VARIABLE} is set and holds no key: write NAME=KEY,NAME=KEY into it, or unset it")
     if path is not None:
+        if not path.exists():  # and may be a key itself
+            raise KeysError("the file of keys cannot be read: there is no such file; give its path, and never a key")
         try:
             lines = path.read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:

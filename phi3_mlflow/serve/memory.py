@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from phi3_mlflow.runtime.errors import Phi3Error
+from phi3_mlflow.runtime.errors import Phi3Error, without_passwords
 
 from .causes import logged, told
 from .errors import HttpError
@@ -219,14 +219,14 @@ class Memory:
         await self._room(place)
         try:
             start = time.monotonic()
-            _logger.info("loading %s (%s) ...", spec.name, spec.uri)
+            _logger.info("loading %s (%s) ...", spec.name, without_passwords(spec.uri))
             work = partial(self._load, spec, kept=place.folder)
             loaded = await in_thread(work, name=f"load {spec.name}", discard=_discard)
         except Exception as error:
             place.failures += 1
             place.failure = f"cannot be loaded: {told(error)}"
             place.again = time.monotonic() + _rest(place.failures)
-            _logger.error("%s (%s) cannot be loaded: %s", spec.name, spec.uri, logged(error))
+            _logger.error("%s (%s) cannot be loaded: %s", spec.name, without_passwords(spec.uri), logged(error))
             place.loading = None
             self._refuse(place, partial(_failed, place))
         else:

@@ -223,7 +223,7 @@ class Metrics:
             "phi3_mlflow_model_info", "Models in memory.", labels=["model_name", "uri", "model_id", "version", "engine"]
         )
         for each in loaded:
-            values = [each.name, each.uri, each.model_id or "", each.version or "", each.service.engine]
+            values = [each.name, each.root, each.model_id or "", each.version or "", each.service.engine]
             info.add_metric(values, 1)
         yield info
         waiting = GaugeMetricFamily("phi3_mlflow_background_waiting", "Traces or lines that wait.", labels=["kind"])

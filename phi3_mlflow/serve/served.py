@@ -93,6 +93,11 @@ class Loaded:
     final: bool = False
 
     @property
+    def root(self) -> str:
+        """See Spec."""
+        return Spec(self.name, self.uri).root
+
+    @property
     def service(self) -> Service:
         """The public seam."""
         return self.predictor.service

@@ -18,6 +18,7 @@ from mlflow.entities import AssessmentSource, AssessmentSourceType
 from mlflow.exceptions import MlflowException
 
 from phi3_mlflow.runtime.answers import Answer
+from phi3_mlflow.runtime.errors import without_passwords
 
 from .background import Background, weigh
 from .errors import HttpError
@@ -117,7 +118,7 @@ class Traces:
             if isinstance(error, MlflowException) and error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 problem = f"the tracking server has no trace {trace_id}"
                 raise HttpError(404, problem, param="trace_id", code="trace_not_found") from None
-            _logger.warning("feedback was not taken: %s", str(error).partition("\n")[0][:300])
+            _logger.warning("feedback was not taken: %s", without_passwords(str(error).partition("\n")[0])[:300])
             raise _not_taken("the server's log says why") from None
 
     def close(self, seconds: float = 5.0) -> None:

@@ -93,6 +93,17 @@ def test_an_item_that_fails_is_lost_alone(background, caplog):
     assert len(caplog.records) < 3
 
 
+def test_what_an_item_failed_at_is_said_without_passwords(background, caplog):
+    def fail(item):
+        raise ConnectionError("http://me:the-password@host/health does not answer")
+
+    queue = background(fail)
+    queue.put(0)
+    queue.close(PATIENCE)
+    assert "http://host/health does not answer" in caplog.text
+    assert "password" not in caplog.text
+
+
 def test_where_the_thread_is_ended_another_goes_on_with_what_waits(background, monkeypatch):
     ends, seen = [], []
     monkeypatch.setattr(threading, "excepthook", ends.append)

@@ -73,6 +73,7 @@ class Running:
     address: tuple[str, int]
     models: OneModel
     records: list
+    connections: set
 
     def begun(self, record):
         pass
@@ -97,9 +98,10 @@ def running(service, trusted_proxies=(), **limits):
     """A server over one service, for the length of a block."""
     with listen(Process(port=0)) as listening:
         models = OneModel(service)
-        state = Running(listening.getsockname(), models, [])
+        state = Running(listening.getsockname(), models, [], set())
         server = Server(models, keys=Keys({}), limits=Limits(**limits), observers=[state])
         uvicorn = http_server(server.app, trusted_proxies)
+        state.connections = uvicorn.server_state.connections
         thread = threading.Thread(target=lambda: asyncio.run(uvicorn.serve(sockets=[listening])), daemon=True)
         thread.start()
         until(lambda: uvicorn.started)

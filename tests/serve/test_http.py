@@ -131,6 +131,7 @@ def test_methods_that_are_not_taken_are_a_405(server):
         answer = httpx.request(method, server.address + CHAT, timeout=PATIENCE)
         assert answer.status_code == 405
         assert answer.json()["error"]["code"] == "method_not_allowed"
+        assert answer.headers["allow"] == "POST"
 
 
 def test_health_is_answered_to_head_and_under_both_names(server):

@@ -20,6 +20,7 @@ from phi3_mlflow.runtime.service import Service
 from phi3_mlflow.serve.background import Background
 from phi3_mlflow.serve.metrics import Metrics
 from phi3_mlflow.serve.records import Record
+from phi3_mlflow.serve.served import Spec
 
 PATIENCE = 120  # seconds; only what is broken takes as long
 LETTERS = spell("abcdefghijklmnopqrstuvwxyz")[1:]
@@ -33,6 +34,10 @@ class Loaded:
     uri: str = "models:/phi3/1"
     model_id: str | None = "m-1"
     version: str | None = "1"
+
+    @property
+    def root(self):
+        return Spec(self.name, self.uri).root
 
 
 @pytest.fixture
@@ -107,6 +112,13 @@ def test_a_request_shows_in_vllms_names(load):
     assert seen["vllm:request_prompt_tokens_sum",] == prompt
     assert seen["vllm:request_generation_tokens_sum",] == 10
     assert seen["process_open_fds",] > 0
+
+
+def test_where_a_model_lies_is_not_shown(load):
+    text = Metrics().render([Loaded("phi3", load(), uri="/srv/models/phi3")]).decode()
+
+    assert 'uri="phi3"' in text
+    assert "/srv" not in text
 
 
 def test_what_the_prefix_cache_gives_is_counted(load):

@@ -70,6 +70,26 @@ def test_no_key_is_shown_in_any_log_and_names_are(guarded):
     assert "Spain" not in guarded.log.read_text() + guarded.output()
 
 
+def test_a_key_in_the_place_of_its_files_path_is_not_shown(onnx_model):
+    result = CliRunner().invoke(cli, ["serve", f"--name=a={onnx_model}", "-p", "0", "--keys=alice=alices-secret-key"])
+
+    assert result.exit_code == 1
+    assert "there is no such file" in result.stderr
+    assert "secret" not in result.output
+
+
+def test_the_password_of_a_tracking_server_is_not_shown():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    variables = {"MLFLOW_TRACKING_URI": f"http://me:the-p@ssword@{address}", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    with tempfile.TemporaryFile() as log:
+        server = start("models:/phi3/1", log=log, environment=variables)
+
+        assert server.process.wait(PATIENCE) == 1
+        assert f"was looked for in http://{address}" in server.output()
+        assert "ssword" not in server.output()
+
+
 def test_pages_of_other_origins_may_not_call_and_the_one_that_was_named_may(guarded):
     def preflight(origin):
         headers = {"origin": origin, "access-control-request-method": "POST"}
@@ -142,6 +162,17 @@ def test_answers_that_take_longer_than_the_drain_are_cut_with_a_word(onnx_model)
     lines = [line for line in text.replace("\r", "").splitlines() if line.startswith("data: ")]
     assert '"error"' in lines[-1]
     assert "[DONE]" not in text
+
+
+def test_a_body_that_has_not_arrived_at_the_end_gets_a_503_and_no_traceback(onnx_model):
+    arguments = [f"--name=phi3={onnx_model}", "--preload", "--drain=0.2", "--max-concurrent=1"]
+    with serving(*arguments) as server, server.connect() as connection:
+        connection.sendall(raw("POST", CHAT, chat())[:-5])
+        until(lambda: post(server, CHAT, chat()).status_code == 429, 10)
+
+        assert server.end() == 0
+        assert connection.recv(65536).startswith(b"HTTP/1.1 503")
+        assert "Traceback" not in server.output()
 
 
 def test_told_twice_it_ends_at_once(onnx_model):
