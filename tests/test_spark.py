@@ -305,6 +305,7 @@ def test_the_processes_folder_must_be_private(onnx_model, monkeypatch, tmp_path)
         ({"params": {"n": 2}}, "`n` is 2, and a row has one answer"),
         ({"params": {"logprobs": True}}, "`logprobs` is True"),
         ({"params": {"show_engine": True}}, "`show_engine` is True"),
+        ({"params": {"tools": [{}]}}, "`tools` is [{}], and a row has one answer"),
         ({"params": {"max_time": 3}}, "`max_time` is 3, and rows wait"),
         ({"params": {"messages": []}}, "`messages` is no option"),
         ({"params": {"response_format": {"type": "regex", "regex": "("}}}, "`response_format.regex`"),

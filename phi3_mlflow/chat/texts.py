@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from phi3_mlflow.runtime.errors import InvalidRequest
+from phi3_mlflow.runtime.surrogates import half
 
 # What a terminal would obey, and what hides or turns around the text after it; tab and newline are left.
 _OBEYED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -44,9 +45,8 @@ def check_whole(name: str, value: Any) -> None:
         InvalidRequest: there is one.
     """
     try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = ord(error.object[error.start])
-        raise InvalidRequest(name, f"has half a character, the lone surrogate U+{half:04X}") from None
+        text = json.dumps(value, ensure_ascii=False)
     except RecursionError:
         raise InvalidRequest(name, "is nested too deeply to be read") from None
+    if (place := half(text)) is not None:
+        raise InvalidRequest(name, f"has half a character, the lone surrogate U+{ord(text[place]):04X}")

@@ -10,7 +10,7 @@ from .answers import Answer, Choice, Piece, TokenLogprob, finish_reason
 from .errors import InvalidRequest, shorten
 from .layouts import ROLES
 from .options import NAMES, RANGES, Options
-from .tools import FIELDS, Offer, past_calls, take
+from .tools import Offer, past_calls, refuse, take
 
 Task = Literal["llm/v1/chat", "llm/v1/completions", "flat"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -51,7 +51,7 @@ def parse(
         defaults: the model's own options.
         template: for the tasks other than chat, whether a prompt is put into the chat template.
         stream: whether the caller can be sent a stream.
-        tools: whether the model can call tools; in chats alone.
+        tools: whether the model can call tools, which chats alone take.
 
     Raises:
         InvalidRequest: names the field, the value and what is allowed.
@@ -59,8 +59,8 @@ def parse(
     if task == "llm/v1/chat":
         return parse_chat(body, defaults, stream=stream, tools=tools)
     if task == "llm/v1/completions":
-        return parse_completion(body, defaults, template=template, stream=stream)
-    return parse_flat(body, defaults, template=template)
+        return parse_completion(body, defaults, template=template, stream=stream, tools=tools)
+    return parse_flat(body, defaults, template=template, tools=tools)
 
 
 def parse_chat(body: Mapping[str, Any], defaults: Options, *, stream: bool = False, tools: bool = False) -> Request:
@@ -75,20 +75,26 @@ def parse_chat(body: Mapping[str, Any], defaults: Options, *, stream: bool = Fal
     Raises:
         InvalidRequest: names the field, the value and what is allowed.
     """
-    values = _given(body, stream=stream, tools=tools)
+    if not tools:
+        refuse(body, elsewhere=False)
+    values = _given(body, stream=stream)
     offer = take(values) if tools else None
     messages = _check_messages(values.pop("messages", None), tools=tools)
     return Request(messages, _parse_options(values, defaults), tools=offer)
 
 
-def parse_completion(body: Mapping[str, Any], defaults: Options, *, template: bool, stream: bool = False) -> Request:
+def parse_completion(
+    body: Mapping[str, Any], defaults: Options, *, template: bool, stream: bool = False, tools: bool = False
+) -> Request:
     """Checks a completion request: `prompt`, put into the chat template as a user's message or taken as it is.
 
-    Without template the prompt may be a list of token ids too, control tokens among them.
+    Without template the prompt may be a list of token ids too, control tokens among them. Arguments are those of
+    `parse`.
 
     Raises:
         InvalidRequest: names the field, the value and what is allowed.
     """
+    refuse(body, elsewhere=tools)
     values = _given(body, stream=stream)
     prompt = values.pop("prompt", None)
     if not isinstance(prompt, list) or template:
@@ -106,12 +112,15 @@ def parse_completion(body: Mapping[str, Any], defaults: Options, *, template: bo
     return Request(({"role": "user", "content": prompt},) if template else prompt, options, "prompt")
 
 
-def parse_flat(body: Mapping[str, Any], defaults: Options, *, template: bool) -> Request:
+def parse_flat(body: Mapping[str, Any], defaults: Options, *, template: bool, tools: bool = False) -> Request:
     """Checks a flat request: `prompt`, or `messages` as JSON text; `stop` and `response_format` as text or JSON text.
+
+    Arguments are those of `parse`.
 
     Raises:
         InvalidRequest: names the field, the value and what is allowed.
     """
+    refuse(body, elsewhere=tools)
     values = {name: value for name, value in body.items() if value is not None}
     for name in ("logprobs", "top_logprobs", "show_engine"):
         if values.pop(name, False):
@@ -265,7 +274,7 @@ def _tail(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _given(body: Mapping[str, Any], *, stream: bool, tools: bool = False) -> dict[str, Any]:
+def _given(body: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:
     """The fields that were given, those of custom_inputs among them.
 
     Raises:
@@ -278,9 +287,6 @@ def _given(body: Mapping[str, Any], *, stream: bool, tools: bool = False) -> dic
     if wanted and not stream:
         problem = "is true, and this call returns whole answers; leave it out, or use predict_stream"
         raise InvalidRequest("stream", problem)
-    for name in FIELDS if not tools else ():
-        if name in values:
-            raise InvalidRequest(name, "is given, and this model was not trained to call tools; leave it out")
     custom = values.pop("custom_inputs", {})
     if not isinstance(custom, Mapping):
         raise InvalidRequest("custom_inputs", f"is {shorten(custom)}; it must be an object")

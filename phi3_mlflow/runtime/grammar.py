@@ -16,6 +16,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from .errors import InvalidRequest, shorten
 from .schemas import check_size, enforceable
+from .surrogates import half
 from .tools import Offer
 
 if TYPE_CHECKING:  # a name of llguidance's stub file, absent from the module
@@ -357,10 +358,8 @@ def _only(given: Mapping[str, Any], needed: set[str], field: str, known: set[str
 
 
 def _encodable(text: str, field: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InvalidRequest(field, "has a surrogate that stands alone, which no answer can contain") from None
+    if half(text) is not None:
+        raise InvalidRequest(field, "has a surrogate that stands alone, which no answer can contain")
 
 
 def _plain(value: Any, field: str) -> Any:

@@ -11,11 +11,11 @@ from numbers import Integral, Real
 from typing import Any, Literal
 
 from .errors import InvalidRequest, shorten
+from .surrogates import half
 
 MAX_STOP_SEQUENCES = 16
 MAX_STOP_LENGTH = 256  # characters
 MAX_LOGIT_BIAS = 1024  # tokens
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _TOKEN_ID = re.compile("[0-9]{1,9}")
 
 
@@ -177,8 +177,8 @@ def _check_stop(value: Any) -> tuple[str, ...]:
         if not isinstance(sequence, str) or not 0 < len(sequence) <= MAX_STOP_LENGTH:
             problem = f"is {shorten(sequence)}; it must be a string of 1 to {MAX_STOP_LENGTH} characters"
             raise InvalidRequest(f"stop[{index}]", problem)
-        if found := _SURROGATE.search(sequence):
-            problem = f"has the lone surrogate U+{ord(found[0]):04X} at position {found.start()}, which no text has"
+        if (place := half(sequence)) is not None:
+            problem = f"has the lone surrogate U+{ord(sequence[place]):04X} at position {place}, which no text has"
             raise InvalidRequest(f"stop[{index}]", f"{problem}; leave it out")
     return tuple(sequences)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from .errors import InvalidRequest, shorten
 from .schemas import check_size
+from .surrogates import half
 
 FIELDS = ("tools", "tool_choice", "parallel_tool_calls")
 MAX_TOOLS = 64
@@ -63,6 +64,25 @@ class PastCall:
     id: str
     name: str
     arguments: str
+
+
+def refuse(values: Mapping[str, Any], *, elsewhere: bool) -> None:
+    """Refuses tools in a request that cannot offer any.
+
+    Args:
+        values: the request's fields.
+        elsewhere: whether the model can call tools, in chats.
+
+    Raises:
+        InvalidRequest: there are some; names the field.
+    """
+    for name in FIELDS:
+        if values.get(name) is not None:
+            if elsewhere:
+                problem = "this task takes no tools; chats with this model do (llm/v1/chat, /v1/chat/completions)"
+            else:
+                problem = "this model was not trained to call tools; leave it out"
+            raise InvalidRequest(name, f"is given, and {problem}")
 
 
 def take(values: dict[str, Any]) -> Offer | None:
@@ -160,11 +180,10 @@ def _encoded(field: str, value: Any) -> str:
     """The value as JSON, with all characters as they are; InvalidRequest where that is no text."""
     try:
         text = json.dumps(value, ensure_ascii=False)
-        text.encode()
-    except UnicodeEncodeError:
-        raise InvalidRequest(field, "has half of a surrogate pair, which no text has; leave it out") from None
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(field, f"is not JSON: {' '.join(str(error).split())}") from None
+    if half(text) is not None:
+        raise InvalidRequest(field, "has half of a surrogate pair, which no text has; leave it out")
     return text
 
 

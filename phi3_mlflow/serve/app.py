@@ -146,7 +146,9 @@ class Server:
         return await self._answer(request, parse)
 
     async def _completions(self, request: HttpRequest) -> Response:
-        return await self._answer(request, lambda body, service: openai.parse_completion(body, service.defaults))
+        return await self._answer(
+            request, lambda body, service: openai.parse_completion(body, service.defaults, tools=service.calls_tools)
+        )
 
     async def _answer(self, request: HttpRequest, parse: Callable[[Any, Service], openai.Wanted]) -> Response:
         """A completion of either kind, whole or as a stream."""

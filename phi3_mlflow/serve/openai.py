@@ -69,12 +69,13 @@ def parse_chat(body: Mapping[str, Any], defaults: Options, *, tools: bool = Fals
     return Wanted("llm/v1/chat", [request], stream, include_usage)
 
 
-def parse_completion(body: Mapping[str, Any], defaults: Options) -> Wanted:
+def parse_completion(body: Mapping[str, Any], defaults: Options, *, tools: bool = False) -> Wanted:
     """Checks a body of /v1/completions; a prompt is taken as it is, without the chat template.
 
     Args:
         body: without `model`.
         defaults: the model's own options.
+        tools: whether the model can call tools, which chats alone take.
 
     Raises:
         InvalidRequest: names the field, the value and what is allowed.
@@ -93,7 +94,8 @@ def parse_completion(body: Mapping[str, Any], defaults: Options) -> Wanted:
     requests = []
     for index, each in enumerate(prompts):
         try:
-            request = chat.parse_completion({**values, "prompt": each}, defaults, template=False, stream=stream)
+            asked = {**values, "prompt": each}
+            request = chat.parse_completion(asked, defaults, template=False, stream=stream, tools=tools)
         except InvalidRequest as error:
             if several and error.field == "prompt":
                 raise InvalidRequest(f"prompt[{index}]", str(error).removeprefix("`prompt` ")) from None

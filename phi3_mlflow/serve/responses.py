@@ -26,6 +26,7 @@ _ELSEWHERE = {
 }
 _OPTIONS = tuple(name for name in NAMES if name not in _ELSEWHERE and name != "top_logprobs")
 _FORMATS = {"text": set(), "json_object": set(), "json_schema": {"name", "description", "schema", "strict"}}
+_NO_TOOLS = "this route takes no tools; /v1/chat/completions does where the model was trained to call them"
 _REFUSED = {
     "previous_response_id": "responses are not stored here: send the whole conversation as `input`",
     "conversation": "conversations are not stored here: send the whole conversation as `input`",
@@ -33,7 +34,7 @@ _REFUSED = {
     "prompt": "prompt templates are not stored here: send `instructions` and `input`",
     "reasoning": "Phi-3 has no reasoning to set",
     "include": "there is nothing more to include",
-    "max_tool_calls": "Phi-3 was not trained to call tools",
+    "max_tool_calls": _NO_TOOLS,
 }
 
 
@@ -55,7 +56,7 @@ def parse(body: Mapping[str, Any], defaults: Options) -> Wanted:
             raise InvalidRequest(name, f"is given, and {reason}")
     for name, allowed in (("tools", ([],)), ("tool_choice", ("none", "auto")), ("parallel_tool_calls", (True, False))):
         if (given := values.pop(name, None)) is not None and given not in allowed:
-            raise InvalidRequest(name, f"is {shorten(given)}, and Phi-3 was not trained to call tools; leave it out")
+            raise InvalidRequest(name, f"is {shorten(given)}, and {_NO_TOOLS}")
     stream = Flag().check("stream", values.pop("stream", False))
     if values.pop("stream_options", None) not in (None, {}, {"include_obfuscation": False}):
         raise InvalidRequest("stream_options", "is given; a stream of typed events ends with the usage anyway")

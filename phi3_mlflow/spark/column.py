@@ -26,13 +26,14 @@ from phi3_mlflow.runtime.settings import (
     settings_of,
 )
 from phi3_mlflow.runtime.tokens import Tokens
+from phi3_mlflow.runtime.tools import FIELDS
 from phi3_mlflow.serve import folders
 
 from .node import Spec
 from .worker import Patience, column_of, evaluate
 
 # Of one answer they make several, or something that the column has no place for.
-_NO_PLACE = {"n": 1, "logprobs": False, "top_logprobs": 0, "show_engine": False}
+_NO_PLACE = {"n": 1, "logprobs": False, "top_logprobs": 0, "show_engine": False, **dict.fromkeys(FIELDS)}
 
 
 def udf(

@@ -18,12 +18,14 @@ from tool_model import ADD, TOOLS, WEATHER, user, write
 
 from phi3_mlflow.builders import onnx, transformers
 from phi3_mlflow.quantize import export
+from phi3_mlflow.runtime import chat
 from phi3_mlflow.runtime.calls import Calling, CallReader, Form
 from phi3_mlflow.runtime.chat import parse_chat
 from phi3_mlflow.runtime.errors import InvalidRequest
 from phi3_mlflow.runtime.grammar import Grammars
 from phi3_mlflow.runtime.options import Options
 from phi3_mlflow.runtime.tokens import Tokens
+from phi3_mlflow.serve import responses
 
 CALLING = ("Phi-4-mini", "Qwen 2")
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
@@ -110,6 +112,22 @@ def test_tools_are_refused_where_the_model_was_not_trained_for_them():
     for fields in ({"tools": TOOLS}, {"tool_choice": "auto"}, {"parallel_tool_calls": False}):
         with pytest.raises(InvalidRequest, match="was not trained to call tools") as error:
             parse_chat({"messages": [user("a")], **fields}, Options())
+        assert error.value.field == next(iter(fields))
+
+
+@pytest.mark.parametrize("task", ["llm/v1/completions", "flat"])
+def test_a_task_that_takes_no_tools_names_those_that_do(task):
+    for fields in ({"tools": TOOLS}, {"tool_choice": "auto"}, {"parallel_tool_calls": False}):
+        for trained, message in ((True, "this task takes no tools; chats with this model do"), (False, "not trained")):
+            with pytest.raises(InvalidRequest, match=message) as error:
+                chat.parse({"prompt": "a", **fields}, task, Options(), template=True, stream=False, tools=trained)
+            assert error.value.field == next(iter(fields))
+
+
+def test_a_route_that_takes_no_tools_names_the_one_that_does():
+    for fields in ({"tools": TOOLS}, {"tool_choice": "required"}, {"max_tool_calls": 1}):
+        with pytest.raises(InvalidRequest, match="takes no tools; /v1/chat/completions does") as error:
+            responses.parse({"input": "a", **fields}, Options())
         assert error.value.field == next(iter(fields))
 
 
@@ -390,6 +408,11 @@ def test_an_answer_that_is_cut_has_what_there_is_of_its_call(client, model):
         client.chat.completions.create(
             model=model, messages=[user("a")], tools=TOOLS, response_format={"type": "json_object"}
         )
+
+
+def test_completions_of_a_model_that_calls_tools_say_who_takes_them(client):
+    with pytest.raises(openai.BadRequestError, match="this task takes no tools; chats with this model do"):
+        client.completions.create(model="onnx", prompt="a", extra_body={"tools": TOOLS})
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
