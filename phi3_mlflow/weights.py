@@ -7,6 +7,7 @@ runtime/trust.
 import logging
 import os
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -165,9 +166,10 @@ def onnx_files(folder: Path) -> list[Path]:
         WeightsError: as for `check`.
     """
     if not (folder / "genai_config.json").is_file() and list(folder.glob("*.safetensors")):
+        command = shlex.join(["phi3-mlflow", "quantize", str(folder), f"{folder}-int4"])
         raise WeightsError(
-            f"{folder} holds a transformers model where an ONNX model is needed: run `phi3-mlflow quantize {folder}` "
-            "first and give the folder that it writes"
+            f"{folder} holds a transformers model where an ONNX model is needed: run `{command}` first and give the "
+            "folder that it writes"
         )
     optional = (file for pattern in (*_ONNX_FILES, *_CARD_PATTERNS) for file in folder.glob(pattern) if file.is_file())
     return sorted({*trust.onnx_files(folder), *map(trust.files.needed, optional)})
@@ -175,9 +177,10 @@ def onnx_files(folder: Path) -> list[Path]:
 
 def _transformers_files(folder: Path) -> list[Path]:
     if (folder / "genai_config.json").is_file():
+        command = shlex.join(["phi3-mlflow", "log", "onnx", "--weights", str(folder)])
         raise WeightsError(
             f"{folder} holds an ONNX model (genai_config.json) where a transformers model is needed: use it with "
-            "`phi3-mlflow log onnx`, or give the folder or hub id of the safetensors"
+            f"`{command}`, or give the folder or hub id of the safetensors"
         )
     if not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
         raise WeightsError(
@@ -294,7 +297,10 @@ def _folder_in_repo(repo: str, folders: tuple[str, ...], form: Form, names: set[
     if others:
         remedy = f"name one of its folders: {', '.join(others)}"
     elif form == "onnx":
-        remedy = "use the -onnx repository of that model if there is one, or run `phi3-mlflow quantize` first"
+        remedy = (
+            f"use the -onnx repository of that model if there is one, or run `phi3-mlflow quantize {repo} FOLDER` "
+            "first and give that folder"
+        )
     else:
         remedy = "use the repository with the safetensors (the name without -onnx)"
     place = " or ".join(folder or "its top folder" for folder in folders)

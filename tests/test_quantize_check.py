@@ -138,6 +138,24 @@ def test_the_command_line_ends_with_1_beyond_the_bound_and_says_what_it_measured
     assert "0 % is allowed" in evidence.table(evidence.read(folder))
 
 
+def test_the_next_step_is_named_where_the_bound_is_kept(tmp_path):
+    folder = tmp_path / "a folder"
+    result = CliRunner().invoke(cli, ["quantize", str(EMBEDDED), str(folder), "--no-check"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{folder}\n"
+    assert result.stderr == f"Log it:  phi3-mlflow log onnx --weights '{folder}'\n"
+
+
+def test_a_lower_perplexity_is_called_noise_where_there_is_one():
+    def shown(*perplexities):
+        passages = [replace(SAME, perplexity=each) for each in perplexities]
+        return evidence.table(Evidence({}, "x", None, Checked("text.txt", "transformers", passages)))
+
+    assert "below the reference's (short, 256 tokens) is noise: so short a text cannot show an" in shown(9.9)
+    assert shown(9.9, 10.1).count("short, 256 tokens") == 1
+    assert "noise" not in shown(10.0, 10.1, 9.9999)
+
+
 def test_what_was_written_is_read_back(tmp_path):
     written = Evidence({"precision": "fp32"}, "local folder x", "lora", Checked("a.txt", "t", [SAME], 2.5))
     evidence.write(tmp_path, written)

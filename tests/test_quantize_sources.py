@@ -61,6 +61,7 @@ def test_an_adapter_is_merged_on_the_way_and_neither_it_nor_the_weights_are_touc
     [
         ("adapter_model.safetensors", None, r"adapter_model\.safetensors is missing"),
         ("adapter_model.safetensors", b"\x80\x02}q\x00.", r"adapter_model\.safetensors is a pickle"),
+        ("adapter_model.safetensors", b"\x05" + bytes(7) + b"{}", "begins with a header of 5 bytes"),
         ("adapter_config.json", {"peft_type": "IA3"}, "has peft_type 'IA3'; only LORA can be merged"),
         (
             "adapter_config.json",

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import protobuf
 import pytest
+import shards
 from hub import TOKEN, Hub, downloaded, pointed_at
 from huggingface_hub import constants
 
@@ -78,6 +79,7 @@ GENAI_CONFIG = {
 
 
 DECODER = GENAI_CONFIG["model"]["decoder"]
+FIRST, SECOND, THIRD = (f"model-{number:05}-of-00002.safetensors" for number in (1, 2, 3))
 TOKENIZER = (Path(__file__).resolve().parent.parent / "artifacts" / "onnx" / "tokenizer.json").read_bytes()
 
 
@@ -86,13 +88,14 @@ def transformers_files() -> dict[str, bytes]:
         "model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "auto_map": {"AutoConfig": "x.Phi3Config"},
         "vocab_size": 32064, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1,
     }  # fmt: skip
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    places = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    index = {"metadata": {"total_size": 299_584}, "weight_map": places}
     return {
         "config.json": json.dumps(config).encode(),
         "generation_config.json": b'{"eos_token_id": [32000, 32001, 32007]}',
         "model.safetensors.index.json": json.dumps(index).encode(),
-        "model-00001-of-00002.safetensors": random.Random(1).randbytes(200_000),
-        "model-00002-of-00002.safetensors": random.Random(2).randbytes(100_000),
+        "model-00001-of-00002.safetensors": shards.whole("a", 200_000, seed=1),
+        "model-00002-of-00002.safetensors": shards.whole("b", 100_000, seed=2),
         "tokenizer.json": TOKENIZER,
         "tokenizer_config.json": b'{"model_max_length": 4096}',
         "tokenizer.model": b"sentencepiece",
@@ -244,7 +247,7 @@ class TestTransformersForm:
         assert "model.safetensors is missing" in refused(transformers_folder, "transformers")
 
     def test_an_onnx_folder_is_refused_with_the_way_on(self, onnx_folder):
-        assert "`phi3-mlflow log onnx`" in refused(onnx_folder, "transformers")
+        assert f"`phi3-mlflow log onnx --weights {onnx_folder}`" in refused(onnx_folder, "transformers")
 
     def test_pickled_weights_are_refused(self, transformers_folder):
         for path in transformers_folder.glob("model*"):
@@ -280,11 +283,45 @@ class TestTransformersForm:
             ('{"weight_map": {"a": "../secret"}}', "names '../secret', which is not a file beside it"),
             ("{", "is not JSON"),
             ("[]", "is not a JSON object"),
+            ('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}', "has no `metadata`"),
+            ('{"weight_map": {"a": "a.safetensors", "a": "b.safetensors"}}', "has the key weight_map.a twice"),
         ],
     )
     def test_an_index_that_makes_no_sense_is_refused(self, transformers_folder, content, reason):
         (transformers_folder / "model.safetensors.index.json").write_text(content)
         assert f"model.safetensors.index.json {reason}" in refused(transformers_folder, "transformers")
+
+    @pytest.mark.parametrize(
+        ("places", "reason"),
+        [
+            ({"a": 1, "b": 2, "c": 2}, f"{SECOND} lacks the tensor 'c', which model.safetensors.index.json has there"),
+            ({"a": 1, "b": 3}, f"{THIRD} is missing"),
+            ({"a": 2, "b": 2}, f"{SECOND} lacks the tensor 'a', which"),
+            ({"a": 1, "b": 1}, f"{FIRST} lacks the tensor 'b', which"),
+            ({"a": 2, "b": 1}, f"{FIRST} has the tensor a, and model.safetensors.index.json has it in '{SECOND}'"),
+            ({"b": 2, "c": 1}, f"{FIRST} has the tensor a, and model.safetensors.index.json has it nowhere"),
+        ],
+    )
+    def test_an_index_that_contradicts_its_shards_is_refused(self, transformers_folder, places, reason):
+        names = {tensor: (FIRST, SECOND, THIRD)[place - 1] for tensor, place in places.items()}
+        change(transformers_folder / "model.safetensors.index.json", weight_map=names)
+        assert reason in refused(transformers_folder, "transformers")
+
+    def test_two_shards_with_one_tensor_are_refused(self, transformers_folder):
+        both = shards.header({"a": ("U8", [2]), "b": ("U8", [3])})
+        (transformers_folder / SECOND).write_bytes(shards.file(both, bytes(5)))
+        message = refused(transformers_folder, "transformers")
+        assert f"{SECOND} has the tensor a, and model.safetensors.index.json has it in '{FIRST}'" in message
+
+    def test_a_damaged_shard_and_a_damaged_file_beside_an_index_are_refused(self, transformers_folder):
+        (transformers_folder / "model.safetensors").write_bytes(shards.file("{", b""))
+        assert "the header of" in refused(transformers_folder, "transformers")
+        (transformers_folder / "model.safetensors").unlink()
+        content = (transformers_folder / SECOND).read_bytes()
+        (transformers_folder / SECOND).write_bytes(content[:-1])
+        assert f"{SECOND} has 99791 bytes of numbers, and its tensors take 99792" in refused(
+            transformers_folder, "transformers"
+        )
 
     def test_an_empty_file_is_refused(self, transformers_folder):
         (transformers_folder / "model-00001-of-00002.safetensors").write_bytes(b"")
@@ -304,7 +341,7 @@ class TestOnnxForm:
 
     def test_a_transformers_folder_is_refused_with_the_way_on(self, transformers_folder):
         message = refused(transformers_folder, "onnx")
-        assert f"run `phi3-mlflow quantize {transformers_folder}` first" in message
+        assert f"run `phi3-mlflow quantize {transformers_folder} {transformers_folder}-int4` first" in message
 
     @pytest.mark.parametrize(
         ("changes", "reason"),
@@ -483,9 +520,12 @@ class TestHub:
 
     def test_two_files_of_the_same_content_are_downloaded_once(self, hub):
         content = transformers_files()["model-00001-of-00002.safetensors"]
-        hub.add("someone/twin", {**transformers_files(), "model-00002-of-00002.safetensors": content})
+        files = {**transformers_files(), "consolidated.safetensors": content}
+        del files["tokenizer.model"], files["model-00002-of-00002.safetensors"]
+        index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
+        hub.add("someone/twin", {**files, "model.safetensors.index.json": json.dumps(index).encode()})
         found = resolve("someone/twin", "transformers")
-        assert (found.folder / "model-00002-of-00002.safetensors").read_bytes() == content
+        assert (found.folder / "consolidated.safetensors").read_bytes() == content
         assert sum(r.path.startswith("/cdn/") and r.path.endswith(".safetensors") for r in hub.take()) == 1
 
 
@@ -494,7 +534,7 @@ class TestWrongRepository:
         message = refused(NAME, "onnx")
         assert f"{NAME} has no genai_config.json in {ONNX_FOLDER} or its top folder" in message
         assert "-onnx repository" in message
-        assert "phi3-mlflow quantize" in message
+        assert f"phi3-mlflow quantize {NAME} FOLDER" in message
 
     def test_a_folder_that_does_not_exist_is_refused_with_those_that_do(self, hub):
         message = refused(f"{ONNX_NAME}/cpu", "onnx")

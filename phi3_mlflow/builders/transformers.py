@@ -17,7 +17,7 @@ from mlflow.models import Model
 from mlflow.models.model import ModelInfo
 
 from phi3_mlflow.bars import no_bars
-from phi3_mlflow.runtime import manifest, trust
+from phi3_mlflow.runtime import manifest, pretrained, trust
 from phi3_mlflow.runtime.chat import Task
 from phi3_mlflow.runtime.loading import pipeline_in
 from phi3_mlflow.runtime.settings import refuse_batching
@@ -207,6 +207,7 @@ def plan(
     config = common.full_config(task, source.name, model_config, template)
 
     def prepare_reference(found: Weights) -> Write:
+        pretrained.check(found.folder)
         common.check_tokenizer(found.folder, template, None)
         native = _native(found, task)
 
@@ -223,6 +224,7 @@ def plan(
     def prepare(found: Weights) -> Write:
         with no_bars():
             pipeline = pipeline_in(found.folder) if isinstance(weights, (str, Path)) else weights
+            pretrained.check_numbers(pipeline.model, found.source)
             if chat_template is not None:
                 pipeline = _with_template(pipeline, chat_template)
             with tempfile.TemporaryDirectory() as temporary:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from phi3_mlflow.runtime import loading
+from phi3_mlflow.runtime import loading, pretrained
 from phi3_mlflow.runtime.decoders.base import Part
 from phi3_mlflow.runtime.decoders.longrope import switch_in
 from phi3_mlflow.runtime.errors import Phi3Error, WeightsError
@@ -184,15 +184,11 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 def _reference(source: Path) -> Iterator[Callable[[Sequence[int]], np.ndarray]]:
     """A function that gives transformers' logits of all positions, in float32."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from phi3_mlflow.bars import no_bars
 
-    try:
-        with no_bars():
-            model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds
-        raise WeightsError(f"transformers cannot load {source}: {error}") from error
+    with no_bars():
+        model = pretrained.load(source)
     _widen(model.eval())
 
     def logits_of(ids: Sequence[int]) -> np.ndarray:

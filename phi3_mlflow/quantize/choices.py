@@ -12,7 +12,7 @@ Method = Literal["rtn", "k_quant", "k_quant_mixed"]
 PRECISIONS = ("int4", "fp32")
 METHODS = ("rtn", "k_quant", "k_quant_mixed")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
-ACCURACY_LEVELS = (0, 1, 2, 3, 4)
+ACCURACY_LEVELS = (1, 4)
 OUTPUT_BITS = (4, 8)
 
 
@@ -27,8 +27,7 @@ class Choices:
             of values and of the feed-forward's end, in the first and last eighth of the layers and in every third
             between) in 8 bits.
         block_size: how many weights share a scale: 16, 32, 64, 128 or 256.
-        accuracy_level: 0 to 4. 4 also rounds the activations to 8 bits, which is the fastest on a CPU; 0 and 1 compute
-            in fp32.
+        accuracy_level: 4 also rounds the activations to 8 bits, which is the fastest on a CPU; 1 computes in fp32.
         symmetric: whether blocks have a scale alone, or a zero point too. None: with `rtn`; k-quant always has both.
         output_bits: of the output matrix, 4 or 8. None: 8 with `k_quant_mixed`, else 4.
     """

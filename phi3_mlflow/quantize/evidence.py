@@ -194,6 +194,12 @@ def table(evidence: Evidence) -> str:
     ]  # fmt: skip
     header = ["passage", "tokens", "perplexity", "reference", "rise", "same token", "divergence", "logit error"]
     parts = [f"{check.text}, against {check.reference}:", "", markdown(header, rows)]
+    if lower := [each for each in check.passages if round(each.rise, 2) < 0]:
+        names = "; ".join(f"{each.name}, {each.tokens:,} tokens" for each in lower)
+        parts += [
+            "",
+            f"A perplexity below the reference's ({names}) is noise: so short a text cannot show an improvement",
+        ]
     if not check.passed:
         parts += [
             "",

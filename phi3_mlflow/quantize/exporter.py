@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from phi3_mlflow.room import room
-from phi3_mlflow.runtime import trust
-from phi3_mlflow.runtime.errors import Phi3Error, WeightsError, shorten
+from phi3_mlflow.runtime import pretrained
+from phi3_mlflow.runtime.errors import Phi3Error, WeightsError
+from phi3_mlflow.runtime.trust import rules
 
 from . import evidence, memory
 from .check import Check
@@ -23,8 +24,8 @@ from .process import run
 from .sources import Source, check_adapter, merge, opened, read_json
 
 _PACKAGES = ("onnx", "onnx_ir", "torch", "transformers", "onnxruntime_genai")
-# Of config.json, the sizes that memory and blocks follow from.
-_NUMBERS = (
+# Of config.json, what memory and blocks follow from. Transformers has sizes of its own for what is not stated.
+_STATED = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -84,11 +85,12 @@ def export(
         raise Phi3Error(f"{destination} exists already: remove it, or give another destination")
     lora = None if adapter is None else check_adapter(Path(adapter))
     with opened(source) as found:
-        config = _read_config(found)
+        config = read_json(found.folder / "config.json")
+        rules.require(found.folder / "config.json", config, _STATED)
         choices.check(config)
         tokenizer_config = _tokenizer_config(found.tokenizer)
-        trust.transformers_files(found.folder, found.tokenizer)
         _check_packages(*([] if adapter is None else ["peft"]))
+        pretrained.check(found.folder)
         # What may be wrong with the text is told before hours of work.
         passages = {} if check is None else check.texts(found.tokenizer, config)
         tokens = max(map(len, passages.values()), default=0)
@@ -121,25 +123,6 @@ def _check_packages(*more: str) -> None:
             f"exporting to ONNX needs {', '.join(name.replace('_', '-') for name in missing)}: "
             "pip install 'phi3-mlflow[quantize]'"
         )
-
-
-def _read_config(source: Source) -> dict[str, Any]:
-    config = read_json(source.folder / "config.json")
-    if config.get("model_type") not in trust.MODELS:
-        raise WeightsError(
-            f"{source.folder / 'config.json'} has model_type {shorten(config.get('model_type'))}; only "
-            f"{', '.join(trust.MODELS)} can be exported"
-        )
-    for name in _NUMBERS:
-        if type(config.get(name)) is not int or config[name] < 1:
-            raise WeightsError(
-                f"{source.folder / 'config.json'} has {name} {shorten(config.get(name))}: it must be a whole number"
-            )
-    if not any(source.folder.glob("*.safetensors")):
-        raise WeightsError(f"{source.folder} holds no .safetensors file: download the weights completely")
-    if not (source.tokenizer / "tokenizer.json").is_file():
-        raise WeightsError(f"{source.tokenizer / 'tokenizer.json'} is missing: download the tokenizer with the weights")
-    return config
 
 
 def _tokenizer_config(source: Path) -> dict[str, Any]:

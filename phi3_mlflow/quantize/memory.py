@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from phi3_mlflow.layout import size
+from phi3_mlflow.runtime import trust
 from phi3_mlflow.runtime.decoders.kv import machine_memory, position_bytes
-from phi3_mlflow.runtime.errors import Phi3Error, WeightsError
+from phi3_mlflow.runtime.errors import Phi3Error
 
 from .choices import Choices
 
@@ -34,8 +35,9 @@ def needed(folder: Path, config: Mapping[str, Any], choices: Choices, *, merged:
     Raises:
         WeightsError: a file is no safetensors.
     """
-    shapes = _shapes(folder)
-    numbers, largest = (function(map(math.prod, shapes)) for function in (sum, max))
+    _, tensors = trust.tensors.read(folder)
+    sizes = [math.prod(tensor.shape) for tensor in tensors.values()]
+    numbers, largest = sum(sizes), max(sizes)
     vocabulary, hidden, heads = (int(config[name]) for name in ("vocab_size", "hidden_size", "num_attention_heads"))
     written = numbers * _bytes_each(choices) + 4 * vocabulary * hidden  # the embeddings stay in float32
     building = (
@@ -47,19 +49,6 @@ def needed(folder: Path, config: Mapping[str, Any], choices: Choices, *, merged:
     kept = position_bytes(int(config["num_hidden_layers"]), heads, hidden // heads) + 3 * 4 * vocabulary
     checking = (_BASE + 1.15 * written + kept * tokens) * bool(tokens)
     return int(max(building, merging, checking))
-
-
-def _shapes(folder: Path) -> list[list[int]]:
-    from safetensors import SafetensorError, safe_open
-
-    shapes = []
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "np") as tensors:
-                shapes += [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
-        except SafetensorError as error:
-            raise WeightsError(f"{path} cannot be read: {error}; copy or download it again") from error
-    return shapes
 
 
 def check(most: int) -> None:

@@ -60,7 +60,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def opened(source: str | Path) -> Iterator[Source]:
-    """Finds weights; what had to be downloaded from an MLflow server is deleted when the block ends.
+    """Finds and checks weights; what had to be downloaded from an MLflow server is deleted when the block ends.
 
     Args:
         source: a folder, a Hugging Face id (at its pinned revision), or the URI of a logged transformers model.
@@ -70,11 +70,8 @@ def opened(source: str | Path) -> Iterator[Source]:
     """
     text = str(source)
     if not text.startswith(("models:", "runs:")):
-        if Path(text).is_dir():
-            yield Source(Path(text), Path(text), f"local folder {Path(text).resolve().name}")
-        else:
-            found = resolve(source, "transformers")
-            yield Source(found.folder, found.folder, found.source)
+        found = resolve(source, "transformers")
+        yield Source(found.folder, found.folder, found.source)
         return
     from phi3_mlflow.serve.folders import fetch
 
@@ -84,7 +81,9 @@ def opened(source: str | Path) -> Iterator[Source]:
             raise WeightsError(f"{text} is no transformers model: give one that `phi3-mlflow log transformers` logged")
         if (logged.path / manifest.NAME).is_file():  # MLflow's own flavor has none
             manifest.verify(logged.path, trust.TRANSFORMERS_PARTS, full=False)
-        yield Source(logged.path / "model", logged.path / "components" / "tokenizer", text)
+        folder, tokenizer = logged.path / "model", logged.path / "components" / "tokenizer"
+        trust.transformers_files(folder, tokenizer)
+        yield Source(folder, tokenizer, text)
     finally:
         logged.remove()
 
@@ -97,6 +96,7 @@ def check_adapter(adapter: Path) -> dict[str, Any]:
     """
     for name in _ADAPTER:
         files.needed(adapter / name)
+    trust.tensors.header(adapter / _ADAPTER[1])
     path = adapter / _ADAPTER[0]
     config = files.plain(path, files.json_object(path))
     if config.get("peft_type") != "LORA":

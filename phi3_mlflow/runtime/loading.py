@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import FORMAT, manifest, trust
+from . import FORMAT, manifest, pretrained, trust
 from .chat import TASKS
 from .decoders.base import CannotBatch, Decoder, Part
 from .decoders.longrope import Switching, switch_in, switch_of
@@ -75,17 +75,18 @@ def _onnx(folder: Path, config: Mapping[str, Any], names: Collection[str] | None
 
 
 def pipeline_in(folder: Path, device: int | None = None) -> "transformers.TextGenerationPipeline":
-    """Transformers' own pipeline for a folder of weights that were checked.
+    """Transformers' own pipeline for a folder of weights that `trust` has checked.
 
     Args:
         folder: holds the model and the tokenizer.
         device: the number of a GPU, or -1 for the processor; None for what transformers takes.
+
+    Raises:
+        WeightsError: tensors are missing or do not fit, or transformers refuses the files.
     """
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        str(folder), local_files_only=True, trust_remote_code=False, dtype="auto"
-    )
+    model = pretrained.load(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     return transformers.pipeline("text-generation", model=model, tokenizer=tokenizer, device=device)
 

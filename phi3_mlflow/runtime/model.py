@@ -24,7 +24,7 @@ from mlflow.protos.databricks_pb2 import (
 )
 from tqdm.auto import tqdm
 
-from . import hosting, loading, manifest, mlmodel, snapshots
+from . import hosting, loading, manifest, mlmodel, pretrained, snapshots
 from .answers import Answer
 from .chat import chunks, completion
 from .errors import Busy, FormatError, InvalidRequest, Picklable, Unavailable, shorten
@@ -319,7 +319,8 @@ def load(folder: Path, config: Mapping[str, Any] | None = None) -> Predictor:
 
 def _pipeline(folder: Path, place: snapshots.Place, weights: Path) -> Any:
     """The checked weights as transformers' pipeline, on the device that MLflow would take."""
-    if place.configuration(weights) != weights:
+    if (configuration := place.configuration(weights)) != weights:
+        pretrained.check(configuration)
         import mlflow.transformers
 
         return mlflow.transformers.load_model(str(folder))

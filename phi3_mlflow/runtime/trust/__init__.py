@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import WeightsError, shorten
-from . import files, genai_config, onnx_graph, rules, tokenizer_config, tokenizer_json
+from . import files, genai_config, onnx_graph, rules, tensors, tokenizer_config, tokenizer_json
 from .models import MODELS
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "onnx_files",
     "read_onnx",
     "read_transformers",
+    "tensors",
     "transformers_files",
 ]
 
@@ -35,8 +36,6 @@ _JSON = {
     "quantization.json": _MiB,
 }
 _TEMPLATE = ("chat_template.jinja", _MiB)
-# The weights of a transformers model: one file, or the index of several.
-_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 # Transformers' names for ways to compute attention. Any other name is a repository on the hub with code to download.
 _IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 # What transformers makes of config.json, as large as this says, before it looks at the weights.
@@ -95,9 +94,7 @@ def read_onnx(folder: Path) -> list[Path]:
 
 def read_transformers(folder: Path) -> list[Path]:
     """Every file that something reads of a folder that transformers wrote; see `transformers_files` for the errors."""
-    # Transformers takes the single file first where there is an index, too.
-    others = (folder / name for name in _SAFETENSORS if (folder / name).exists())
-    return sorted({*transformers_files(folder, folder), *map(files.needed, others), *_beside(folder)})
+    return sorted({*transformers_files(folder, folder), *_beside(folder)})
 
 
 def check_flat_transformers(folder: Path, names: Collection[str] | None = None) -> None:
@@ -157,8 +154,8 @@ def transformers_files(folder: Path, tokenizer: Path) -> list[Path]:
         tokenizer: holds tokenizer.json and tokenizer_config.json.
 
     Raises:
-        WeightsError: a file is missing or makes no sense, the configuration is not that of a known model, or
-            it names code on the hub.
+        WeightsError: a file is missing or makes no sense, the configuration is not that of a known model or names code
+            on the hub, or the headers of the safetensors are not true of them.
     """
     config = _json(folder / "config.json")
     _check_config(folder / "config.json", config)
@@ -167,7 +164,7 @@ def transformers_files(folder: Path, tokenizer: Path) -> list[Path]:
             f"{folder / 'adapter_config.json'} names another model, which transformers would load in place of this "
             "one: merge the adapter with PEFT's merge_and_unload and save the result"
         )
-    weights = [files.needed(path) for path in _safetensors(folder)]
+    weights, _ = tensors.read(folder)
     _check_enough(folder / "config.json", config, weights)
     for path in (folder / "config.json", folder / "generation_config.json"):
         if path.exists():
@@ -256,27 +253,6 @@ def _check_ids(path: Path, config: Mapping[str, Any], rows: int) -> None:
         rules.check(path, config.get(key), rules.Either((rules.NULL, token, rules.List(token, 64))), "", key)
 
 
-def _safetensors(folder: Path) -> list[Path]:
-    index = folder / _SAFETENSORS[1]
-    if index.is_file():
-        names = _json(index, 16 * _MiB).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise WeightsError(f"{index} has no `weight_map`: copy or download it again")
-        shards = [files.beside(index, name) for name in sorted(set(map(str, names.values())))]
-        if others := [shard for shard in shards if shard.suffix != ".safetensors"]:
-            raise WeightsError(
-                f"{index} names {shorten(others[0].name)}, which is not .safetensors: do not use this copy"
-            )
-        return [index, *shards]
-    single = folder / _SAFETENSORS[0]
-    if not single.is_file() and (pickles := sorted(folder.glob("pytorch_model*.bin"))):
-        raise WeightsError(
-            f"{pickles[0]} is a pickle, which can run code when it is loaded, and is refused: save the model with "
-            "save_pretrained, which writes safetensors"
-        )
-    return [single]
-
-
 def _check_texts(folder: Path, rows: int | None) -> None:
     """Checks the configurations and templates that are there; `rows` as for `check_tokenizer`.
 
@@ -291,6 +267,5 @@ def _check_texts(folder: Path, rows: int | None) -> None:
         files.text(folder / name, limit)
 
 
-def _json(path: Path, limit: int | None = None) -> dict[str, Any]:
-    limit = limit or _JSON[path.name]
-    return files.plain(path, files.json_object(path, limit))
+def _json(path: Path) -> dict[str, Any]:
+    return files.plain(path, files.json_object(path, _JSON[path.name]))

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import WeightsError, shorten
+from ..surrogates import half
 
 MiB = 2**20
 
@@ -117,13 +118,24 @@ def json_object(path: Path, limit: int = MiB) -> Pairs:
     Raises:
         WeightsError: as for `text`, and where it is no JSON object.
     """
+    return parse(path, text(path, limit))
+
+
+def parse(owner: Path | str, content: str | bytes) -> Pairs:
+    """The JSON object that a text, or UTF-8, is; see `json_object`.
+
+    Args:
+        owner: what has it, for an error.
+        content: the JSON.
+    """
     try:
-        content = json.loads(text(path, limit), object_pairs_hook=Pairs, parse_constant=_refuse_constant)
+        text = content if isinstance(content, str) else content.decode("utf-8")
+        found = json.loads(text, object_pairs_hook=Pairs, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} is not JSON: copy or download it again") from error
-    if not isinstance(content, Pairs):
-        raise WeightsError(f"{path} is not a JSON object: copy or download it again")
-    return content
+        raise WeightsError(f"{owner} is not JSON: copy or download it again") from error
+    if not isinstance(found, Pairs):
+        raise WeightsError(f"{owner} is not a JSON object: copy or download it again")
+    return found
 
 
 def plain(path: Path, pairs: Pairs) -> dict[str, Any]:
@@ -143,10 +155,8 @@ def encodable(path: Path, content: Any) -> None:
     Raises:
         WeightsError: it has half of a surrogate pair, which JSON can spell.
     """
-    try:
-        json.dumps(content, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise WeightsError(f"{path} has half of a surrogate pair: do not use this copy") from error
+    if half(json.dumps(content, ensure_ascii=False)) is not None:
+        raise WeightsError(f"{path} has half of a surrogate pair: do not use this copy")
 
 
 def join(where: str, name: str) -> str:
