@@ -1,6 +1,5 @@
 """The tracking store that MLflow is set to: whether it answers, and whether it knows a model."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +7,9 @@ from pathlib import Path
 import mlflow
 from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
 from mlflow.exceptions import MlflowException
+from sqlalchemy.engine import make_url
 
+from phi3_mlflow.disks import check_writable
 from phi3_mlflow.room import room
 from phi3_mlflow.runtime.errors import Phi3Error
 
@@ -36,10 +37,21 @@ def refuse_unwritable() -> None:
     Raises:
         Phi3Error: so it is. MLflow itself would try for minutes.
     """
-    uri = mlflow.get_tracking_uri()
-    path = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:///") and not path.exists() and not os.access(path.absolute().parent, os.W_OK):
-        raise Phi3Error(f"there is no tracking store {path.absolute()}, and its folder cannot be written to make one")
+    path = database_of(mlflow.get_tracking_uri())
+    if path is None or path.exists():
+        return
+    try:
+        check_writable(path.parent)
+    except OSError as error:
+        raise Phi3Error(
+            f"there is no tracking store {path.absolute()}, and its folder cannot be written to make one"
+        ) from error
+
+
+def database_of(uri: str) -> Path | None:
+    """The file of an SQLite store; None for a store of another kind, or in memory."""
+    name = make_url(uri).database if uri.startswith("sqlite:") else None
+    return Path(name) if name and name != ":memory:" and not name.startswith("file:") else None
 
 
 def create_database(path: Path) -> None:

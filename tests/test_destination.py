@@ -15,16 +15,17 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import shards
 from click.testing import CliRunner
 from hub import Hub
 from huggingface_hub import constants
 from mlflow.entities import LoggedModelStatus
 
-from phi3_mlflow import cards
+from phi3_mlflow import cards, tracking
 from phi3_mlflow.builders import destination, onnx, transformers
 from phi3_mlflow.builders.common import BuildError
 from phi3_mlflow.cli import cli
-from phi3_mlflow.runtime.errors import WeightsError
+from phi3_mlflow.runtime.errors import Phi3Error, WeightsError
 
 BUILDERS = {"transformers": transformers, "onnx": onnx}
 ROOT = Path(__file__).resolve().parent.parent
@@ -288,11 +289,27 @@ def test_stores_are_looked_at_and_not_changed(tmp_path, monkeypatch):
     locked.close()
 
 
+def test_a_store_that_is_only_read_has_to_be_there_or_makeable(tmp_path, monkeypatch):
+    def look(uri: str) -> None:
+        monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: uri)
+        tracking.refuse_unwritable()
+
+    for good in ("sqlite:///:memory:", "https://example.invalid", f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}"):
+        look(good)
+    with pytest.raises(Phi3Error, match=r"there is no tracking store .*, and its folder cannot be written"):
+        look(unusable(tmp_path)["a file in the place of the folder"])
+
+
 def huge(builder: str, folder: Path) -> Path:
     """Weights with a file that is larger than the disk's free space, and takes none."""
     weights = shutil.copytree(ROOT / "artifacts" / builder, folder / "huge")
     file = weights / {"onnx": "model.onnx.data", "transformers": "model.safetensors"}[builder]
-    os.truncate(file, shutil.disk_usage(folder).free + 2**30)
+    size = shutil.disk_usage(folder).free + 2**30
+    if builder == "transformers":
+        content = shards.file(shards.header({"huge": ("U8", [size // 2**20, 2**20])}), b"")
+        file.write_bytes(content)
+        size = len(content) + size // 2**20 * 2**20
+    os.truncate(file, size)
     return weights
 
 

@@ -26,9 +26,9 @@ from mlflow.utils.validation import (
     _validate_model_alias_name_reserved,
     _validate_model_name,
 )
-from sqlalchemy.engine import make_url
 
-from phi3_mlflow.tracking import check, create_database
+from phi3_mlflow.disks import check_writable, existing
+from phi3_mlflow.tracking import check, create_database, database_of
 from phi3_mlflow.weights import Source
 
 from .common import BuildError
@@ -70,11 +70,10 @@ def check_stores(*, registry: bool) -> None:
     for kind, uri in uris if registry else uris[:1]:
         with _as_build_error(f"the {kind} store {uri} cannot be written"):
             if uri.startswith("sqlite:"):
-                database = make_url(uri).database
-                if database and not database.startswith("file:"):
-                    _check_database(Path(database))
+                if path := database_of(uri):
+                    _check_database(path)
             elif is_local_uri(uri):
-                _check_writable(Path(local_file_uri_to_path(uri)))
+                check_writable(Path(local_file_uri_to_path(uri)))
             elif kind == "tracking":
                 check()
 
@@ -121,7 +120,7 @@ def artifact_folder(run_id: str | None) -> Path | None:
     if folder is None:
         return None
     with _as_build_error(f"the artifact store {folder} cannot be written"):
-        _check_writable(folder)
+        check_writable(folder)
     return folder
 
 
@@ -134,7 +133,7 @@ def check_folder(path: Path) -> None:
     with _as_build_error(f"a model cannot be saved in {path}"):
         if path.is_dir() and any(path.iterdir()):
             raise BuildError("it is not empty; give a folder that is new or empty")
-        _check_writable(path)
+        check_writable(path)
 
 
 def temporary_size(source: Source, *, links: bool) -> int:
@@ -168,7 +167,7 @@ def check_space(sources: Sequence[Source], folders: Sequence[Path | None], *, te
     for place, _ in takes:
         disk = _device(place)
         needed = _BESIDE + sum(size for other, size in takes if _device(other) == disk)
-        free = shutil.disk_usage(_existing(place)).free
+        free = shutil.disk_usage(existing(place)).free
         if needed > free:
             raise BuildError(
                 f"the disk with {place} has {free / 1e9:.2f} GB left, and {needed / 1e9:.2f} GB are needed: free some "
@@ -247,7 +246,7 @@ def _means_full(error: BaseException | None) -> bool:
 def _check_database(path: Path) -> None:
     """Takes the lock for writing of an SQLite file and gives it back; or makes the file where it is not there yet."""
     if not path.exists():
-        _check_writable(path.parent)
+        check_writable(path.parent)
         if path.parent.is_dir():
             create_database(path.absolute())
         return
@@ -259,24 +258,8 @@ def _check_database(path: Path) -> None:
         database.execute("ROLLBACK")
 
 
-def _check_writable(folder: Path) -> None:
-    place = _existing(folder)
-    if not place.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, "it may not be written", str(place))
-
-
-def _existing(path: Path) -> Path:
-    """The path itself, or the nearest folder above it that exists."""
-    path = path.absolute()
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path
-
-
 def _device(path: Path) -> int:
-    return _existing(path).stat().st_dev
+    return existing(path).stat().st_dev
 
 
 @contextmanager
