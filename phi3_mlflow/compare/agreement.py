@@ -8,8 +8,9 @@ import numpy as np
 
 from phi3_mlflow.runtime.chat import Request
 from phi3_mlflow.runtime.errors import Phi3Error
+from phi3_mlflow.runtime.tokens import Tokens
 
-from .answers import Answer, failed
+from .answers import Answer, failed, prepare
 from .models import Subject
 from .questions import Question
 
@@ -81,14 +82,10 @@ def _read(subject: Subject, question: Question, answer: Answer, room: int) -> tu
     """
     try:
         service = subject.service
-        messages: Sequence[Mapping[str, str]] = question.messages
-        prompt = service.tokens.encode_chat(messages)
-        whole = service.tokens.encode_chat([*messages, {"role": "assistant", "content": answer.text}])
-        control = set(service.tokens.control.values())
-        stop = next(place for place in range(len(prompt), len(whole)) if whole[place] in control)
-        # What was cut off has no end token to be likely.
-        end = stop + 1 if answer.ended or stop == len(prompt) else stop
-        ids = whole[len(prompt) : min(end, room)]
+        prompt = prepare(subject, question).ids.tolist()  # without the turns that were dropped
+        ids = _written(service.tokens, question, answer)[: max(0, room - len(prompt))]
+        if not ids:
+            raise Phi3Error(f"the prompt takes {len(prompt)} tokens, and the context has no room to read an answer")
         asked: dict[str, Any] = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 0}
         options = service.defaults.with_values({**asked, "n": 1, "max_time": 0, "stop": []})
         request = Request([*prompt, *ids], options, "prompt", echo=True)
@@ -98,6 +95,27 @@ def _read(subject: Subject, question: Question, answer: Answer, room: int) -> tu
     if likely is None:
         raise Phi3Error(f"{subject.label} gives no log probabilities")
     return ids, np.array([each.logprob for each in likely[len(prompt) :]], float)
+
+
+def _written(tokens: Tokens, question: Question, answer: Answer) -> list[int]:
+    """An answer's tokens behind its prompt, with the end token where the model came to it.
+
+    The template writes them, up to its next control token, which is the end. Where it has none, the text is taken as it
+    is, and the tokenizer's own end.
+    """
+    messages: Sequence[Mapping[str, str]] = question.messages
+    control = tokens.control
+    start = len(tokens.encode_chat(messages))
+    whole = tokens.encode_chat([*messages, {"role": "assistant", "content": answer.text}])
+    ends = set(control.values())
+    stop = next((place for place in range(start, len(whole)) if whole[place] in ends), None)
+    if stop is not None:
+        ids, end = whole[start:stop], whole[stop : stop + 1]
+    else:
+        ids = tokens.encode_text(answer.text, bos=False)
+        end = [control[name] for key, name in tokens.named.items() if key == "eos_token" and name in control]
+    # What was cut off has no end token to be likely.
+    return ids + end if answer.ended or not ids else ids
 
 
 def _log_odds(logprobs: np.ndarray) -> np.ndarray:

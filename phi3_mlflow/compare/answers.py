@@ -53,7 +53,7 @@ def ask(
     """
     for subject in subjects:
         for question in questions:
-            _prepare(subject, question)
+            prepare(subject, question)
     answers: list[list[Answer]] = [[] for _ in subjects]
     for number, question in enumerate(questions):
         for turn in range(len(subjects)):
@@ -63,7 +63,12 @@ def ask(
     return answers
 
 
-def _prepare(subject: Subject, question: Question) -> Prepared:
+def prepare(subject: Subject, question: Question) -> Prepared:
+    """A question as the model is given it.
+
+    Raises:
+        InvalidRequest: it cannot be asked; names the question, the field and the model.
+    """
     service = subject.service
     try:
         return service.prepare(service.parse({**_ASKED, **question.inputs}, task="llm/v1/chat"))
@@ -75,7 +80,7 @@ def _prepare(subject: Subject, question: Question) -> Prepared:
 def _answer(subject: Subject, question: Question) -> Answer:
     run, start = None, time.monotonic()
     try:
-        run = subject.service.run(_prepare(subject, question))
+        run = subject.service.run(prepare(subject, question))
         answer = run.wait()
     except Exception as error:
         raise failed(subject, question, error) from error
