@@ -310,6 +310,9 @@ def test_an_alias_that_somebody_else_moved_meanwhile_stays_there(versions, seven
     assert result.exit_code == 1
     assert "was moved from version 1 to 3 meanwhile, and stays there" in result.stderr
     assert meaning("contested") == "3"
+    run = mlflow.get_run(result.stdout.splitlines()[-1].removeprefix("run "))
+    assert run.data.tags["phi3_gate"] == "refused"
+    assert "of compared stays as it is" in mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/compare.md")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send")
@@ -459,3 +462,6 @@ def test_the_plot_of_several_models_is_drawn(versions, tmp_path):
     assert [model["model"] for model in result["models"]][-1] == f"{NAME}/1 (2)"
     figure(result).savefig(tmp_path / "compare.png")
     assert (tmp_path / "compare.png").stat().st_size > 20_000
+    long = json.loads(json.dumps(result).replace(f'"{NAME}/', '"phi3-mini-4k-instruct-onnx-int4/'))
+    legend = figure(long).axes[1].get_legend()
+    assert len({text.get_text() for text in legend.get_texts()}) == 4

@@ -3,7 +3,7 @@
 import io
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from .gate import Bounds, as_dict, judge, move, open_gate
 from .models import Subject, loaded, resolve
 from .progress import Progress
 from .questions import Question, read
-from .report import log_run
+from .report import log_run, log_verdict
 from .scorers import SCORERS, needed, score
 from .uncertainty import interval, ratio, share_interval
 
@@ -56,7 +56,7 @@ def compare(
         progress: shows how far it is; None for one of its own.
 
     Returns:
-        `models` (a list of what was measured, see README), `questions` (how many), `answers` (of each question),
+        `models` (what was measured of each, see docs/compare.md), `questions` (how many), `answers` (of each question),
         `machine`, `run_id`, and with a gate `gate`, whose `passed` says whether the alias was moved.
 
     Raises:
@@ -119,11 +119,14 @@ def compare(
         # Where the store is gone, the run cannot be ended either, and that says less.
         raise Unfinished("what was measured is not in MLflow: ", lost or error, result) from error
     if door is not None and result["gate"]["passed"]:
-        try:
-            with tracking.impatient():
+        with tracking.impatient():
+            try:
                 move(door)
-        except Exception as error:
-            raise Unfinished("", error, result) from error
+            except Exception as error:
+                unfinished = Unfinished("", error, result)
+                with suppress(Exception):  # the run was told that the alias moved
+                    log_verdict(result)
+                raise unfinished from error
     return result
 
 

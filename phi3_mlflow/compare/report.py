@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LONGEST_LABEL = 28  # characters of a model's name in a plot
+_STYLES = ("-", "--", ":", "-.")  # lines that lie on each other are seen all the same
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -65,17 +66,24 @@ def figure(result: Mapping[str, Any]) -> "Figure":
 
 
 def log_run(result: Mapping[str, Any]) -> None:
-    """Puts the result into the active MLflow run: params, the gate's verdict as a tag, plot, table and answers."""
+    """Puts the result into the active MLflow run: params, plot, and what `log_verdict` does."""
     models = result["models"]
     params: dict[str, Any] = {f"model_{index}": model["loaded"] for index, model in enumerate(models, 1)}
     mlflow.log_params({**params, "questions": result["questions"], "machine": line(result["machine"])})
     if "gate" in result:
         gate = result["gate"]
         mlflow.log_params({f"gate_{name}": value for name, value in gate["bounds"].items()})
-        mlflow.set_tag("phi3_gate", "passed" if gate["passed"] else "refused")
     mlflow.log_figure(figure(result), "compare.png")
-    mlflow.log_text(table(result) + "\n", "compare.md")
-    mlflow.log_dict(dict(result), "compare.json")
+    log_verdict(result)
+
+
+def log_verdict(result: Mapping[str, Any]) -> None:
+    """Puts table, answers and the gate's verdict, as a tag, into the result's run, in place of earlier ones."""
+    client, run = mlflow.MlflowClient(), result["run_id"]
+    if "gate" in result:
+        client.set_tag(run, "phi3_gate", "passed" if result["gate"]["passed"] else "refused")
+    client.log_text(run, table(result) + "\n", "compare.md")
+    client.log_dict(run, dict(result), "compare.json")
 
 
 def _quality(axes: "Axes", models: Sequence[Mapping[str, Any]], names: Sequence[str], colours: Sequence[str]) -> None:
@@ -100,6 +108,7 @@ def _quality(axes: "Axes", models: Sequence[Mapping[str, Any]], names: Sequence[
     axes.set_xlim(0, max(model["tokens_per_second"]["high"] for model in models) * 1.1)
     lowest = min(100 * model["right"]["low"] for model in models)
     axes.set_ylim(max(0, lowest - 8), 102)
+    axes.set_yticks([tick for tick in axes.get_yticks() if axes.get_ylim()[0] <= tick <= 100])
 
 
 def _reach(estimate: Mapping[str, float], scale: float) -> list[list[float]]:
@@ -142,10 +151,11 @@ def _parting(
     axes: "Axes", by_model: Sequence[Sequence[Mapping[str, Any]]], names: Sequence[str], colours: Sequence[str]
 ) -> None:
     longest = max(row["agreement"]["tokens"] for rows in by_model[1:] for row in rows)
-    for rows, name, colour in zip(by_model[1:], names[1:], colours[1:], strict=True):
+    for index, (rows, colour) in enumerate(zip(by_model[1:], colours[1:], strict=True)):
         first = np.array([np.inf if (at := row["agreement"]["first_difference"]) is None else at for row in rows])
         shares = [100 * float(np.mean(first >= length)) for length in range(longest + 1)]
-        axes.step(range(longest + 1), shares, where="post", color=colour, linewidth=2, label=name)
+        style = _STYLES[index % len(_STYLES)]
+        axes.step(range(longest + 1), shares, where="post", color=colour, linewidth=2, linestyle=style)
         _note(axes, f"{shares[-1]:.0f} %", (longest, shares[-1]))
     axes.set_ylim(0, 104)
     axes.set_xlim(0, longest * 1.08)
@@ -192,4 +202,6 @@ def _time(estimate: Mapping[str, float]) -> str:
 
 
 def _cut(name: str) -> str:
-    return name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}…"
+    """Its middle goes: names of versions differ at the end."""
+    half = _LONGEST_LABEL // 2
+    return name if len(name) <= _LONGEST_LABEL else f"{name[:half]}…{name[1 - half :]}"
