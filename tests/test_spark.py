@@ -4,8 +4,10 @@ Run: pytest tests/test_spark.py
 """
 
 import itertools
+import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +38,18 @@ LONG = {
     "max_tokens": 400,
 }
 MESSAGES = "messages array<struct<role: string, content: string>>"
+# What a driver runs on a cluster of this machine alone, whose executors are processes of their own.
+DRIVER = """
+import json, sys
+from pyspark.sql import SparkSession
+from phi3_mlflow.spark import udf
+model, params, linger, rows = json.loads(sys.argv[1])
+builder = SparkSession.builder.master("local-cluster[2,1,1024]").config("spark.ui.enabled", "false")
+builder = builder.config("spark.scheduler.minRegisteredResourcesRatio", "1")  # a task for each executor
+frame = builder.getOrCreate().createDataFrame(list(enumerate(rows)), "id int, q string")  # a part for each
+answer = udf(model, task="flat", params=params, model_config={"parallel": 4}, linger=linger)
+print(json.dumps(frame.select("id", answer("q")).collect()))
+"""
 # No two tests share a process: what is asked of it differs by so many seconds.
 LINGER = itertools.count(30)
 
@@ -85,9 +99,9 @@ def workers(spark) -> list[psutil.Process]:
     return [each for each in python if each.parent() in python and java in each.parents()]
 
 
-def until(condition):
+def until(condition, patience=PATIENCE):
     """What a condition comes to, when it comes to something."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + patience
     while not (found := condition()):
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -208,6 +222,37 @@ def test_every_row_is_answered_once_when_a_process_is_killed(spark, onnx_model, 
     assert sorted(row.id for row in rows) == list(range(20))
     assert all(len(row.answer) > 400 for row in rows)
     assert (running(spec) == [process]) == (victim == "a worker")
+
+
+def test_every_row_is_answered_once_when_an_executor_is_killed(onnx_model, tmp_path):
+    import pyspark
+
+    home = tmp_path / "home"  # which Spark's own workers write into
+    home.mkdir()
+    for name in ("bin", "jars"):
+        (home / name).symlink_to(Path(pyspark.__file__).parent / name)
+    variables = {"SPARK_HOME": str(home), "PYSPARK_PYTHON": sys.executable, "SPARK_LOCAL_IP": "127.0.0.1"}
+    variables = {**os.environ, **variables, "PYTHONPATH": str(ROOT)}
+    linger = next(LINGER)
+    spec, *_ = column.plan(str(onnx_model), "flat", LONG, {"parallel": 4}, linger)
+    command = [sys.executable, "-c", DRIVER, json.dumps([str(onnx_model), LONG, linger, QUESTIONS * 4])]
+    with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as driver:
+        try:
+            until(lambda: running(spec), 4 * PATIENCE)  # three of Java's machines start, with Python in two of them
+            process = answering(spec)
+            until(lambda: len(connected(process)) == 3)  # the socket itself, and a task of each executor
+            java = [each for each in psutil.process_iter(["cmdline"]) if f"{home}/" in str(each.info["cmdline"])]
+            executors = [each for each in java if "CoarseGrainedExecutorBackend" in str(each.info["cmdline"])]
+            executors[0].kill()
+            rows = json.loads(driver.communicate(timeout=4 * PATIENCE)[0])
+        finally:
+            driver.kill()
+
+    assert len(executors) == 2
+    assert sorted(number for number, _ in rows) == list(range(20))
+    assert all(len(answer) > 400 for _, answer in rows)
+    assert (spec.folder / "log").read_text("utf-8").count("a table has come") == 3  # one task was given twice
+    assert running(spec) == [process]
 
 
 def test_a_process_that_hangs_is_ended_and_its_rows_are_asked_again(onnx_model):
