@@ -98,7 +98,7 @@ DAMAGE = {
         file({name: header({NORM: ("F32", [8])})[NORM] for name in (NORM, "lm_head.weight")}, bytes(32))
     ),
     "a truncated file": lambda path: path.write_bytes(path.read_bytes()[:-1]),
-    "other tensors": lambda path: path.write_bytes(file(header({"w": ("F32", [8])}), bytes(32))),
+    "other tensors": lambda path: path.write_bytes(file(header({"w": ("F32", [2**20])}), bytes(2**22))),
 }
 
 

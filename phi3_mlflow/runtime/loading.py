@@ -86,6 +86,7 @@ def pipeline_in(folder: Path, device: int | None = None) -> "transformers.TextGe
     """
     import transformers
 
+    pretrained.check(folder)
     model = pretrained.load(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     return transformers.pipeline("text-generation", model=model, tokenizer=tokenizer, device=device)

@@ -21,14 +21,13 @@ _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 def load(folder: Path) -> "transformers.PreTrainedModel":
-    """The model, in the type that its weights have.
+    """The model of a folder that `check` was called on, in the type that its weights have.
 
     Raises:
-        WeightsError: as for `check`, or transformers refuses the files.
+        WeightsError: transformers refuses the files.
     """
     from transformers import AutoModelForCausalLM
 
-    check(folder)
     try:
         model: transformers.PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", **_LOCAL)
     except Exception as error:  # transformers raises many kinds
