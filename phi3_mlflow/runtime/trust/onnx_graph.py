@@ -49,7 +49,6 @@ class _Found:
     head_size: int | None = None
     windows: list[int | None] = field(default_factory=list)  # of attentions whose cache holds no more
     tables: set[str] = field(default_factory=set)  # of the angles of positions, by their names
-    positions: int | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,9 @@ def check(path: Path) -> Graph:
                 "download both again"
             )
     used = [path.parent / name for name in sorted(sizes)]
-    return Graph(used, found.inputs, found.outputs, found.head_size, found.positions, found.windows, mask)
+    tables = [found.weights[name].shape for name in found.tables if name in found.weights]
+    positions = min((shape[0] for shape in tables if shape), default=None)
+    return Graph(used, found.inputs, found.outputs, found.head_size, positions, found.windows, mask)
 
 
 def _model(reader: Reader, found: _Found) -> None:
@@ -239,8 +240,6 @@ def _tensor(reader: Reader, place: range, found: _Found, *, node: bool = False) 
             if key in entries:
                 raise reader.refused(f"has {shorten(key)} twice in the tensor {shorten(name)}")
             entries[key] = text
-    if name in found.tables and sizes:
-        found.positions = sizes[0]
     if location not in (0, _EXTERNAL) or (location == _EXTERNAL) != bool(entries):
         raise reader.refused(f"has the tensor {shorten(name)}, of which it is not clear where its data are")
     weights = Value(WEIGHTS, sizes, number=numbers[0] if len(numbers) == 1 else None)
