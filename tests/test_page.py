@@ -56,7 +56,7 @@ class Page:
         self.driver.get(self.server.address)
         self.wait(lambda: self.all("#model option") or self.shown("#key-dialog") or self.shown("#notice"))
 
-    def wait(self, condition: Callable[[], Any], seconds: float = 20) -> Any:
+    def wait(self, condition: Callable[[], Any], seconds: float = 60) -> Any:
         deadline = time.monotonic() + seconds
         while not (value := condition()):
             assert time.monotonic() < deadline, f"not in {seconds} s; the page says: {self.find('body').text!r}"
@@ -267,7 +267,7 @@ def test_stopping_ends_the_servers_work_and_keeps_what_was_said(page, way):
         page.find("#stop").click()
     else:
         page.press(Keys.ESCAPE)
-    assert page.server.closed.wait(10)
+    assert page.server.closed.wait(60)
     page.wait(page.idle)
     assert "stopped" in page.text(".stats")
     kept = page.text(".answer")
@@ -388,7 +388,7 @@ def test_a_new_chat_in_the_middle_of_an_answer_ends_both(page):
     page.send("Talk.")
     page.wait(lambda: "word" in page.text(".answer"))
     page.find("#new").click()
-    assert page.server.closed.wait(10)
+    assert page.server.closed.wait(60)
     page.wait(lambda: page.idle() and not page.all(".turn"))
 
 

@@ -212,9 +212,9 @@ class TestFiles:
 
 class TestGenaiConfig:
     def test_the_embedded_model_passes_in_little_time(self, onnx):
-        start = time.perf_counter()
+        start = time.process_time()
         trust.check(onnx)
-        assert time.perf_counter() - start < 5  # about 0.03 s
+        assert time.process_time() - start < 5  # about 0.03 s
 
     @pytest.mark.parametrize(
         ("path", "value"),
@@ -523,9 +523,9 @@ class TestGraph:
     def test_weights_within_the_graph_are_not_read(self, check, tmp_path):
         weights = field(9, bytes(50 * files.MiB))
         content = model(graph([node("Gather", "w", "x")], [field(1, 1) * 2 + field(2, 2) + field(8, "w") + weights]))
-        start = time.perf_counter()
+        start = time.process_time()
         assert check(content) == []
-        assert time.perf_counter() - start < 5
+        assert time.process_time() - start < 5
 
     def test_what_the_package_onnx_says_of_the_embedded_graph_is_what_is_found(self):
         onnx = pytest.importorskip("onnx")

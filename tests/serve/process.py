@@ -68,6 +68,10 @@ class Serving:
         """Answers that wait for a slot."""
         return self.metric("vllm:num_requests_waiting")
 
+    def generated(self) -> float:
+        """Tokens that were sampled so far."""
+        return self.metric("vllm:generation_tokens_total")
+
 
 def start(*arguments: str, log: BinaryIO, environment: Mapping[str, str] | None = None) -> Serving:
     """Starts `phi3-mlflow serve` with these arguments on a free port."""

@@ -155,6 +155,6 @@ def test_a_body_is_weighed_no_further_than_the_limit():
     for _ in range(10_000):
         nested = [nested]
     assert weigh(nested, 10**9) >= 10_000
-    began = time.perf_counter()
+    began = time.thread_time()
     weigh([{"a": 1}] * 10**6, 1 << 20)
-    assert time.perf_counter() - began < 0.1
+    assert time.thread_time() - began < 0.5

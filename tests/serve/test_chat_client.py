@@ -54,7 +54,7 @@ def test_a_conversation_over_a_server_and_both_of_its_models(server, tmp_path):
         begin_endless(chat)
         chat.type(CTRL_C)
         chat.see_prompt(after="(stopped)")
-        until(lambda: server.running() == 0, 10)  # the server has noticed
+        until(lambda: server.running() == 0)  # the server has noticed
         chat.say("/clear", "forgotten")
         chat.say("/load it.json", "Loaded 4 messages")
         chat.say("And of Italy?", "Rome")

@@ -5,7 +5,6 @@ Run: pytest tests/serve/test_http.py
 
 import json
 import socket
-import time
 
 import httpx
 import pytest
@@ -265,15 +264,14 @@ def leaving_body(name):
 def test_a_client_that_leaves_frees_its_slot_at_once(server, name):
     path, body = leaving_body(name)
     until(lambda: server.running() == 0)
+    before = server.generated()
     connection = server.connect()
     connection.sendall(raw("POST", path, body))
-    until(lambda: server.running() == 1, 20)
+    until(lambda: server.running() == 1)
     connection.close()
-    left = time.monotonic()
-    until(lambda: server.running() == 0, 10)
+    until(lambda: server.running() == 0)
 
-    # An answer to its end takes several seconds.
-    assert time.monotonic() - left < 2
+    assert server.generated() - before < 4000  # it was not computed to its end
     assert server.waiting() == 0
 
 
@@ -282,19 +280,19 @@ def test_clients_that_leave_the_queue_are_forgotten_and_the_others_answered(serv
     busy = [server.connect() for _ in range(4)]
     for connection in busy:
         connection.sendall(raw("POST", CHAT, endless(stream=True)))
-    until(lambda: server.running() == 4, 20)
+    until(lambda: server.running() == 4)
     waiting = [server.connect() for _ in range(3)]
     for connection in waiting:
         connection.sendall(raw("POST", CHAT, endless()))
-    until(lambda: server.waiting() == 3, 10)
+    until(lambda: server.waiting() == 3)
     for connection in waiting:
         connection.close()
-    until(lambda: server.waiting() == 0, 10)
+    until(lambda: server.waiting() == 0)
     for connection in busy:
         connection.close()
 
     assert post(server, CHAT, chat()).json()["choices"][0]["message"]["content"] == MADRID
-    until(lambda: server.running() == 0, 10)
+    until(lambda: server.running() == 0)
 
 
 # MLflow's own route.

@@ -128,7 +128,7 @@ def test_one_request_more_than_may_be_at_once_is_a_429(guarded):
     assert answer.json()["error"]["type"] == "rate_limit_error"
     assert int(answer.headers["retry-after"]) >= 1
     assert health.status_code == 200
-    until(lambda: ask(guarded, "alices-secret-key").status_code == 200, 10)
+    until(lambda: ask(guarded, "alices-secret-key").status_code == 200)
 
 
 def test_told_to_end_it_lets_running_answers_finish_and_takes_no_more(onnx_model):
@@ -136,7 +136,7 @@ def test_told_to_end_it_lets_running_answers_finish_and_takes_no_more(onnx_model
         stream.sendall(raw("POST", CHAT, endless(1500, stream=True), headers=["Connection: close"]))
         begun = stream.recv(10)
         server.process.send_signal(signal.SIGTERM)
-        until(lambda: httpx.get(server.address + "/ready", timeout=PATIENCE).status_code == 503, 10)
+        until(lambda: httpx.get(server.address + "/ready", timeout=PATIENCE).status_code == 503)
         refused = post(server, CHAT, chat())
         text = (begun + b"".join(iter(lambda: stream.recv(65536), b""))).decode()
 
@@ -157,7 +157,7 @@ def test_answers_that_take_longer_than_the_drain_are_cut_with_a_word(onnx_model)
         text = (begun + b"".join(iter(lambda: stream.recv(65536), b""))).decode()
 
         assert server.process.wait(PATIENCE) == 0
-        assert time.monotonic() - told < 10
+        assert time.monotonic() - told < 30
         assert "Traceback" not in server.output()
     lines = [line for line in text.replace("\r", "").splitlines() if line.startswith("data: ")]
     assert '"error"' in lines[-1]
@@ -168,7 +168,7 @@ def test_a_body_that_has_not_arrived_at_the_end_gets_a_503_and_no_traceback(onnx
     arguments = [f"--name=phi3={onnx_model}", "--preload", "--drain=0.2", "--max-concurrent=1"]
     with serving(*arguments) as server, server.connect() as connection:
         connection.sendall(raw("POST", CHAT, chat())[:-5])
-        until(lambda: post(server, CHAT, chat()).status_code == 429, 10)
+        until(lambda: post(server, CHAT, chat()).status_code == 429)
 
         assert server.end() == 0
         assert connection.recv(65536).startswith(b"HTTP/1.1 503")
@@ -185,7 +185,7 @@ def test_told_twice_it_ends_at_once(onnx_model):
         server.process.send_signal(signal.SIGTERM)
 
         assert server.process.wait(PATIENCE) == 0
-        assert time.monotonic() - told < 5
+        assert time.monotonic() - told < 30
 
 
 def test_while_models_are_loaded_it_is_alive_and_not_ready_and_ends_when_told(onnx_model, tmp_path):
