@@ -4,20 +4,23 @@ Quality is measured on the embedded model, in chats of the kind that it was trai
 Phi-3-mini's shape with random numbers. A choice of full size takes minutes, with k-quant more than an hour.
 
     python benchmarks/rounding.py --quality-only
-    python benchmarks/rounding.py [--layers 32] [--only rtn-32] [--folder .bench/quantization]
+    python benchmarks/rounding.py --speed-only [--layers 32] [--only rtn-32] [--folder .bench/quantization]
 """
 
 import argparse
 import json
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 from tokenizers import Tokenizer
 
+from phi3_mlflow import machine
 from phi3_mlflow.layout import markdown, size
 from phi3_mlflow.quantize import check, export
 from phi3_mlflow.runtime import loading
@@ -69,38 +72,55 @@ def quality(choices: dict[str, dict], room: Path) -> str:
     return markdown(["embedded model", "perplexity", "same token", "divergence", "logit error", "size"], rows)
 
 
-def speed(choices: dict[str, dict], room: Path, layers: int) -> str:
-    """The table of what the weights of full size take, each choice in a process of its own."""
+def speed(choices: dict[str, dict], room: Path, layers: int, rounds: int) -> str:
+    """The table of what the weights of full size take; processes of their own quantize them, and run them in turn."""
     source = write_source(room / f"source-{layers}", layers)
-    rows = []
-    for name, options in choices.items():
-        folder = room / f"{name}-{layers}"
+    costs = {name: quantized(source, room / f"{name}-{layers}", options) for name, options in choices.items()}
+    paces: dict[str, list[dict[str, float]]] = {name: [] for name in choices}
+    for _ in range(rounds):
+        for name, found in paces.items():
+            found.append(child("--measure", room / f"{name}-{layers}"))
+    rows = [
+        [
+            name,
+            f"{cost['seconds']:.0f} s",
+            size(int(cost["peak"])),
+            size(sum(path.stat().st_size for path in (room / f"{name}-{layers}").iterdir())),
+            size(int(median(found["memory"] for found in paces[name]))),
+            f"{median(found['prompt'] for found in paces[name]):.1f}",
+            f"{median(found['answer'] for found in paces[name]):.1f}",
+        ]
+        for name, cost in costs.items()
+    ]
+    costly = ["quantizing", "its memory", "size", "memory when loaded"]
+    return markdown([f"{layers} layers of full size", *costly, "prompt tokens/s", "answer tokens/s"], rows)
+
+
+def quantized(source: Path, folder: Path, options: dict) -> dict[str, float]:
+    """What it took to make a folder: seconds and bytes. One that an earlier run has made stays."""
+    record = folder.with_name(f"{folder.name}.json")
+    if not record.exists():
         shutil.rmtree(folder, ignore_errors=True)
-        command = [sys.executable, __file__, "--measure", str(source), str(folder), json.dumps(options)]
-        found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-        rows.append(
-            [
-                name,
-                f"{found['seconds']:.0f} s",
-                size(found["peak"]),
-                size(found["size"]),
-                f"{found['prompt']:.1f}",
-                f"{found['answer']:.1f}",
-            ]
-        )
-        shutil.rmtree(folder)
-    header = [f"{layers} layers of full size", "quantizing", "memory", "size", "prompt tokens/s", "answer tokens/s"]
-    return markdown(header, rows)
+        record.write_text(json.dumps(child("--quantize", source, folder, json.dumps(options))), "utf-8")
+    return json.loads(record.read_text("utf-8"))
 
 
-def measure(source: Path, folder: Path, options: dict) -> dict[str, float]:
-    """Quantizes and runs one choice: the peak is that of the processes that quantize it, mapped files included."""
-    import resource
+def child(*arguments: object) -> dict[str, float]:
+    """What a process of its own finds."""
+    command = [sys.executable, __file__, *map(str, arguments)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
+
+def quantize(source: Path, folder: Path, options: dict) -> dict[str, float]:
+    """Quantizes: the peak is that of the processes that it starts, mapped files included."""
     start = time.monotonic()
     export(source, folder, **options)
     seconds = time.monotonic() - start
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return {"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024}
+
+
+def measure(folder: Path) -> dict[str, float]:
+    """Loads a folder, reads a prompt and answers, one request alone, through onnxruntime-genai."""
     decoder = loading.onnx_decoder(folder, {"context_length": 2 * PROMPT})
     ids = list(range(5, 5 + PROMPT))
 
@@ -112,12 +132,12 @@ def measure(source: Path, folder: Path, options: dict) -> dict[str, float]:
         return PROMPT / (time.monotonic() - begun)
 
     prompt()  # the first one is slower
-    found = {"seconds": seconds, "peak": peak, "prompt": prompt()}
+    found = {"prompt": prompt()}
     begun = time.monotonic()
     for token in range(5, 5 + ANSWER):
         decoder.step({0: Part([token], 1)})
     found["answer"] = ANSWER / (time.monotonic() - begun)
-    found["size"] = sum(path.stat().st_size for path in folder.iterdir())
+    found["memory"] = machine.resident()
     decoder.close()
     return found
 
@@ -175,20 +195,32 @@ def main() -> None:
     """Prints the tables that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quality-only", action="store_true")
+    parser.add_argument("--speed-only", action="store_true")
     parser.add_argument("--layers", type=int, default=LAYERS, help="Of the weights of full size.")
     parser.add_argument("--only", action="append", choices=CHOICES, help="A choice; repeatable. Default: all.")
-    parser.add_argument("--folder", type=Path, default=ROOT / ".bench" / "quantization", help="For 7.6 GB of weights.")
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=3, help="Of speed, in alternation; the table has the medians.")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=ROOT / ".bench" / "quantization",
+        help="For 7.6 GB of weights, and 2.5 GB for each choice; what is there already is not made again.",
+    )
+    parser.add_argument("--quantize", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    if asked.quantize:
+        source, folder, options = asked.quantize
+        print(json.dumps(quantize(Path(source), Path(folder), json.loads(options))))
+        return
     if asked.measure:
-        source, folder, options = asked.measure
-        print(json.dumps(measure(Path(source), Path(folder), json.loads(options))))
+        print(json.dumps(measure(asked.measure)))
         return
     chosen = {name: CHOICES[name] for name in asked.only or CHOICES}
-    with tempfile.TemporaryDirectory() as room:
-        print(quality(chosen, Path(room)), flush=True)
+    if not asked.speed_only:
+        with tempfile.TemporaryDirectory() as room:
+            print(quality(chosen, Path(room)) + "\n", flush=True)
     if not asked.quality_only:
-        print("\n" + speed(chosen, asked.folder, asked.layers))
+        print(speed(chosen, asked.folder, asked.layers, asked.rounds))
 
 
 if __name__ == "__main__":
