@@ -36,7 +36,7 @@ sys.path.append(str(ROOT / "tests"))
 from hub import Hub  # noqa: E402
 
 REPOSITORY = "microsoft/Phi-3-mini-4k-instruct-onnx"
-GRACE = 5  # seconds for what a killed command had started to notice
+GRACE = 60  # seconds for what a killed command had started to notice
 PATIENCE = 300  # seconds for a command that nobody kills
 _FORK = multiprocessing.get_context("fork")
 

@@ -70,22 +70,32 @@ def test_what_a_killed_run_left_is_removed_by_the_next_one(tmp_path):
 
 
 STEP = "from phi3_mlflow.quantize.process import follow; import os, time; follow(); print(os.getpid(), flush=True); "
-STARTS = f"""
+STARTS = """
 import sys
 from phi3_mlflow.quantize.process import run
-run([sys.executable, "-c", {STEP + "time.sleep(600)"!r}], "a step", lambda line: print(line, flush=True))
+run([sys.executable, "-c", sys.argv[1]], "a step", lambda line: print(line, flush=True))
 """
+BUSY = {"Python": "time.sleep(600)", "native code with Python's lock": "import ctypes; ctypes.PyDLL(None).sleep(600)"}
 
 
+@pytest.mark.parametrize("busy", BUSY.values(), ids=BUSY)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_step_ends_with_the_process_that_started_it(number):
-    starter = subprocess.Popen([sys.executable, "-c", STARTS], stdout=subprocess.PIPE)
+def test_a_step_ends_with_the_process_that_started_it(number, busy):
+    starter = subprocess.Popen([sys.executable, "-c", STARTS, STEP + busy], stdout=subprocess.PIPE)
     step = psutil.Process(int(starter.stdout.readline()))
     starter.send_signal(number)
     starter.wait(PATIENCE)
     starter.stdout.close()
     step.wait(PATIENCE)
     assert not psutil.pid_exists(step.pid)
+
+
+def test_the_model_builder_ends_before_it_is_imported_where_nobody_waits_for_it(tmp_path):
+    (tmp_path / "onnx.py").write_text("import time; time.sleep(600)")
+    builder = [sys.executable, "-m", "phi3_mlflow.quantize.pieces"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    ended = subprocess.run(builder, stdin=subprocess.DEVNULL, env=environment, timeout=PATIENCE, check=False)
+    assert ended.returncode == -signal.SIGKILL
 
 
 def test_a_step_that_ends_by_itself_is_not_taken_for_killed():

@@ -13,13 +13,16 @@ import runpy
 from collections.abc import Iterator
 from typing import Any
 
+from phi3_mlflow.quantize.process import follow
+
+if __name__ == "__main__":
+    follow()  # the builder takes seconds to be imported
+
 import onnx
 import onnx_ir as ir
 import onnxruntime_genai.models  # puts the builder's modules on Python's path  # noqa: F401
 from builders.base import Model, QuantFormat
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-from phi3_mlflow.quantize.process import follow
 
 # What the builder calls its file's top-level code.
 _BUILDER = "onnxruntime_genai.models.builder"
@@ -87,7 +90,6 @@ def _quantized(builder: Any, node: onnx.NodeProto, weights: Any) -> onnx.ModelPr
 
 
 if __name__ == "__main__":
-    follow()
     for name in (MatMulNBitsQuantizer.__module__, "neural_compressor", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)  # a line for each node, and that a piece is no whole model
     Model.to_nbits = to_nbits

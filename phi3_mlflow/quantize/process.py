@@ -1,8 +1,10 @@
 """A long step in a process of its own, whose memory is given back when it ends and which ends with this one."""
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -10,10 +12,17 @@ from collections.abc import Callable, Sequence
 from phi3_mlflow.runtime.errors import WeightsError
 
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def follow() -> None:
-    """Called by the step's process: ends it at once when the process that has started it is gone."""
+    """Called by the step's process, first of all: ends it at once when the process that has started it is gone.
+
+    Linux does that whatever goes on here. The thread does it elsewhere, and where that process was gone before; it has
+    to wait for native code that holds Python's lock.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_follow, name="phi3-follow", daemon=True).start()
 
 
