@@ -268,10 +268,12 @@ class Metrics:
         """Counts runs that ended after their request. The lock is held."""
         if not self._ending:
             return
-        for model, came, run in self._ending:
-            if run.ended:
+        waiting, self._ending = self._ending, []
+        for model, came, run in waiting:
+            if run.ended:  # looked at once: it may end at any moment
                 self._count(model, came, run)
-        self._ending = [each for each in self._ending if not each[2].ended]
+            else:
+                self._ending.append((model, came, run))
 
     def _count(self, model: str, came: float, run: Run) -> None:
         """Counts a run that has ended. Times of what did not happen are not counted. The lock is held."""

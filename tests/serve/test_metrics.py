@@ -279,6 +279,31 @@ def test_a_client_that_leaves_is_counted_once_its_answer_has_ended(load):
     assert metrics._ending == []
 
 
+def test_what_ends_while_others_are_counted_is_counted_too(load):
+    go = threading.Event()
+    busy, idle = load(on_call=lambda name, slot, ids: name != "decode" or go.wait(PATIENCE)), load()
+    late, early = busy.start(body()), idle.start(body())
+
+    class Slow(Metrics):
+        def _count(self, model, came, run):
+            super()._count(model, came, run)
+            if run is early:
+                go.set()
+                late.wait()
+
+    metrics = Slow()
+    record = begin(metrics, busy)
+    record.runs = [late]
+    end(metrics, record, status=499)
+    early.wait()
+    record = begin(metrics, idle)
+    record.runs = [early]
+    metrics._ending.append(("phi3", record.came, early))  # as it was when the client left
+    read(metrics)
+    assert late.ended
+    assert read(metrics)["vllm:request_success_total", "stop"] == 2
+
+
 def test_whatever_paths_and_methods_clients_think_of_the_labels_are_few():
     metrics = Metrics()
     for number in range(500):
