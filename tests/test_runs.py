@@ -17,7 +17,7 @@ from fakes import TOKENS, FakeDecoder, spell
 
 from phi3_mlflow.runtime import scheduler
 from phi3_mlflow.runtime.answers import Answer
-from phi3_mlflow.runtime.errors import Unavailable
+from phi3_mlflow.runtime.errors import Busy, Unavailable
 from phi3_mlflow.runtime.generation import Generation
 from phi3_mlflow.runtime.runs import Table
 from phi3_mlflow.runtime.service import Service
@@ -386,6 +386,29 @@ def test_a_table_of_a_hundred_thousand_rows_takes_little_memory_and_ends_with_it
     assert all(choice.reason == "max_time" for answer in begun for choice in answer.choices)
     assert most < 60e6
     assert service.statistics().running == service.statistics().waiting == 0
+
+
+def test_every_run_of_a_table_that_is_said_to_begin_ends(load):
+    begun, entered, go = [], threading.Event(), threading.Event()
+
+    def on_call(name, slot, ids):
+        entered.set()
+        assert go.wait(PATIENCE)
+
+    service = load(says("yes"), on_call=on_call, scheduling={"queue_limit": 1, "queue_timeout": 0.01})
+    rows = [service.prepare(service.parse(ask()))] * 2
+    first = service.start(ask())
+    assert entered.wait(PATIENCE)
+    late = service.run_table(rows, begun=begun.append)
+    assert len(begun) == 1
+    with pytest.raises(Busy):
+        service.run_table(rows, begun=begun.append)
+    assert len(begun) == 1  # nothing was for the one that was refused
+    time.sleep(0.1)  # longer than a request may wait, and than the scheduler looks away
+    go.set()
+    assert [type(answer) for _, answer in late] == [Busy, Busy]
+    assert [bool(run.ended) for run in begun] == [True]
+    first.wait()
 
 
 def test_a_table_that_is_left_ends_what_goes_on(load):

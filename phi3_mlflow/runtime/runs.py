@@ -242,7 +242,7 @@ class Table:
             try:
                 run = self._runs[row] = self._make(row)
             except Exception as error:
-                self.fail(error)
+                self._events.put(error)
                 return
             if self._cancelled:  # while it was made, so that `cancel` may not have seen it
                 run.cancel()
@@ -254,7 +254,9 @@ class Table:
         self._events.put(((row,), run.error or run.answer))
 
     def fail(self, error: Exception) -> None:
-        """Ends all rows that have no answer with an error."""
+        """Ends all rows that have no answer with an error. Called when none of those that were made has a slot."""
+        for run in list(self._runs.values()):
+            run.fail(error)
         self._events.put(error)
 
     def cancel(self) -> None:

@@ -96,16 +96,14 @@ class Scheduler:
         """Queues jobs of one request, to be served in this order.
 
         Args:
-            jobs: see Batch; the first one is asked for here, the others in the scheduler's thread.
+            jobs: see Batch; the first one is asked for here, unless there is an error, the others in the scheduler's
+                thread.
             fail: called in the scheduler's thread with what ends those jobs that never got a slot.
 
         Raises:
             Busy: as many requests as may are waiting already.
             Unavailable: the scheduler has ended, or lives in another process.
         """
-        batch = Batch(jobs, fail)
-        if batch.first is None:
-            return
         if os.getpid() != self._process:
             raise Unavailable(
                 "the model was loaded before this process was forked, and its thread did not come along: load the "
@@ -120,8 +118,10 @@ class Scheduler:
                 problem = "1 request is waiting" if count == 1 else f"{count} requests are waiting"
                 # Whoever gets the next slot leaves a place in the queue.
                 raise Busy(problem, self._pace.patience(self._slots, before=0))
-            self._waiting.add(batch)
-            self._wake.notify()
+            batch = Batch(jobs, fail)
+            if batch.first is not None:
+                self._waiting.add(batch)
+                self._wake.notify()
 
     def statistics(self) -> Statistics:
         """What goes on, all of one moment."""

@@ -208,7 +208,8 @@ class Service:
 
         key = (lambda row: rows[row].ids) if self.slots == 1 else (lambda row: -rows[row].most_tokens)
         table = Table(sorted(range(len(rows)), key=key), make, deadline)
-        self._scheduler.submit(table.jobs(), table.fail)
+        if rows:
+            self._scheduler.submit(table.jobs(), table.fail)
         return table
 
     @property
