@@ -37,6 +37,7 @@ QUESTIONS = {
     "What is the capital of France?": "The capital of France is Paris.",
     "What is the capital of Italy?": "The capital of Italy is Rome.",
 }
+EXAMPLE_TOKENS = 8  # of the embedded model's answer to its input example
 # Keeps the embedded model from ending its answer.
 ENDLESS = {"logit_bias": {"2048": -100, "2049": -100, "2055": -100}, "repetition_guard": False}
 
@@ -349,10 +350,11 @@ COUNTS = {
 
 def unequal(told: Counter[str], moved: int) -> list[str]:
     """Counts that do not add up. A new version answers its example, which is nobody's request."""
+    answers, tokens = (told[engine] - told[requests] for engine, requests in COUNTS.items())
+    if 0 <= answers <= moved and tokens == EXAMPLE_TOKENS * answers:
+        return []
     return [
-        f"{engine} is {told[engine]:g}, and {requests} is {told[requests]:g}"
-        for engine, requests in COUNTS.items()
-        if not 0 <= told[engine] - told[requests] <= 100 * moved
+        f"{engine} is {told[engine]:g}, and {requests} is {told[requests]:g}" for engine, requests in COUNTS.items()
     ]
 
 
