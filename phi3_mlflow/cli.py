@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,12 @@ def main() -> None:
     # Nothing is reported that nobody asked to be, and MLflow tells no steps; it reads these when it is imported.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    cli(prog_name="phi3-mlflow")
+    try:
+        cli(prog_name="phi3-mlflow")
+    finally:
+        # All is said. The end of the interpreter takes seconds with torch, and each of its parts would tell of Ctrl-C.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -6,6 +6,7 @@ Run: pytest tests/test_cli.py
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,26 @@ def test_ctrl_c_while_the_second_of_two_is_registered_leaves_the_first_and_says_
     )
     assert aborted == "Aborted!"
     assert mlflow.MlflowClient().search_model_versions("name = 'cli-cut-onnx'") == []
+
+
+@pytest.mark.parametrize(
+    ("handler", "status"), [(signal.SIG_DFL, -signal.SIGINT), (signal.SIG_IGN, 0)], ids=["", "ignored"]
+)
+def test_ctrl_c_while_the_interpreter_ends_is_quiet(handler, status):
+    code = "import atexit, signal; atexit.register(signal.raise_signal, signal.SIGINT)\n"
+    code += "from phi3_mlflow.cli import main; main()"
+
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--version"],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, handler),
+        timeout=120,
+        check=False,
+    )
+
+    assert done.stdout.startswith("phi3-mlflow, version ")
+    assert (done.returncode, done.stderr) == (status, "")
 
 
 OUTPUTS = {"a full disk": (">/dev/full", "No space left on device"), "a reader that is gone": ("| true", "Broken pipe")}
