@@ -77,6 +77,17 @@ def test_log_says_the_alias_of_what_it_registers():
     assert "Registered as models:/cli-named/1, which is models:/cli-named@new" in result.stderr.splitlines()
 
 
+def test_ctrl_c_while_models_are_checked_says_that_nothing_stands(monkeypatch):
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("phi3_mlflow.builders.destination.check_stores", interrupted)
+    result = run("log", "both")
+
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("What stands: nothing was logged or registered\n")
+
+
 def test_ctrl_c_while_the_second_of_two_is_registered_leaves_the_first_and_says_so(monkeypatch):
     name, alias = mlflow.MlflowClient.set_registered_model_alias, []
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from phi3_mlflow.progress import Progress
 from phi3_mlflow.verbs import emit, parse_config
 
 
@@ -91,11 +92,16 @@ def _check(options: Mapping[str, Any]) -> None:
             raise click.UsageError(f"-c {name}: it is no setting of a model; {_OTHERS[name]}")
 
 
-def _log(*asked: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def _log(results: list[dict[str, Any]], say: Callable[[str], Any], *asked: tuple[str, dict[str, Any]]) -> None:
     """Logs models, then registers them.
 
     All of them are checked before the first download, downloaded before the first is logged, and logged before the
     first is registered.
+
+    Args:
+        results: gets what stands, as it comes to stand.
+        say: is told of each step.
+        asked: builders, and the options for each.
     """
     import mlflow
 
@@ -103,8 +109,7 @@ def _log(*asked: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
     from phi3_mlflow.builders import plan as build
     from phi3_mlflow.runtime.snapshots import Reference
 
-    for _, options in asked:
-        _check(options)
+    say("checking weights and stores")
     plans = []
     for builder, options in asked:
         planned = (onnx if builder == "onnx" else transformers).plan(
@@ -124,28 +129,29 @@ def _log(*asked: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
         )
         plans.append((planned, entry))
     build.check(*plans)
-    results: list[dict[str, Any]] = []
-    with _told(results):
-        for planned, _ in plans:
-            planned.source.fetch()
-        stored = []
-        for (builder, _), (planned, entry) in zip(asked, plans, strict=True):
-            logged = build.store(planned, entry)
-            stored.append(logged)
-            result: dict[str, Any] = {"builder": builder, "model_uri": logged.info.model_uri}
-            result |= {"run_id": logged.info.run_id, "tracking_uri": mlflow.get_tracking_uri()}
-            if planned.reference:
-                found = planned.source.fetch()
-                result["pull"] = Reference(found.source, str(found.revision), builder).command  # type: ignore[arg-type]
-            results.append(result)
-        for result, logged, (_, entry) in zip(results, stored, plans, strict=True):
-            with redirect_stderr(io.StringIO()):  # MLflow says the same in more lines
-                info = build.register(logged, entry)
-            if (name := entry.registered_model_name) is not None:
-                result["registered"] = f"models:/{name}/{info.registered_model_version}"
-                if entry.alias is not None:
-                    result["alias"] = f"models:/{name}@{entry.alias}"
-    return results
+    say("fetching weights")
+    for planned, _ in plans:
+        planned.source.fetch()
+    stored = []
+    for (builder, _), (planned, entry) in zip(asked, plans, strict=True):
+        say(f"writing the {builder} model")
+        logged = build.store(planned, entry)
+        stored.append(logged)
+        result: dict[str, Any] = {"builder": builder, "model_uri": logged.info.model_uri}
+        result |= {"run_id": logged.info.run_id, "tracking_uri": mlflow.get_tracking_uri()}
+        if planned.reference:
+            found = planned.source.fetch()
+            result["pull"] = Reference(found.source, str(found.revision), builder).command  # type: ignore[arg-type]
+        results.append(result)
+    for result, logged, (_, entry) in zip(results, stored, plans, strict=True):
+        if entry.registered_model_name is not None:
+            say(f"registering the {result['builder']} model")
+        with redirect_stderr(io.StringIO()):  # MLflow says the same in more lines
+            info = build.register(logged, entry)
+        if (name := entry.registered_model_name) is not None:
+            result["registered"] = f"models:/{name}/{info.registered_model_version}"
+            if entry.alias is not None:
+                result["alias"] = f"models:/{name}@{entry.alias}"
 
 
 @contextmanager
@@ -172,10 +178,14 @@ def _names(result: Mapping[str, Any]) -> str:
 
 
 def _log_and_print(as_json: bool, *asked: tuple[str, dict[str, Any]]) -> None:
-    from phi3_mlflow.bars import no_bars
+    for _, options in asked:
+        _check(options)
+    results: list[dict[str, Any]] = []
+    with _told(results), Progress("log", hidden=as_json) as progress:  # before what takes long to import
+        from phi3_mlflow.bars import no_bars
 
-    with no_bars() if as_json else nullcontext():
-        results = _log(*asked)
+        with no_bars() if as_json else nullcontext():
+            _log(results, progress.say, *asked)
     if as_json:
         emit(json.dumps(results[0] if len(results) == 1 else results, indent=2))
         return

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from phi3_mlflow.progress import Progress
 from phi3_mlflow.verbs import as_json_option, emit
 
 _QUESTIONS = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -41,10 +42,8 @@ def compare(
       phi3-mlflow compare models:/phi3-transformers/1 models:/phi3-onnx/1 --questions mine.jsonl
       phi3-mlflow compare models:/phi3@champion models:/phi3/2 --gate champion
     """
-    from .progress import Progress
-
     unfinished = None
-    with Progress(hidden=as_json) as progress:  # before what takes long to import
+    with Progress("compare", hidden=as_json) as progress:  # before what takes long to import
         from phi3_mlflow.bars import no_bars
         from phi3_mlflow.compare import comparison
         from phi3_mlflow.compare.gate import Bounds

@@ -17,6 +17,7 @@ from mlflow.genai.scorers import Scorer
 
 from phi3_mlflow import tracking
 from phi3_mlflow.machine import machine
+from phi3_mlflow.progress import Progress
 from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error
 from phi3_mlflow.unfinished import Unfinished
 
@@ -24,7 +25,6 @@ from .agreement import Agreement, agree
 from .answers import Answer, ask
 from .gate import Bounds, as_dict, judge, move, open_gate
 from .models import Subject, loaded, resolve
-from .progress import Progress
 from .questions import Question, read
 from .report import log_run, log_verdict
 from .scorers import SCORERS, needed, score
@@ -81,7 +81,7 @@ def compare(
         with ExitStack() as stack:
             # With a tracking server, MLflow prints the addresses of runs on stdout.
             stack.enter_context(redirect_stdout(sys.stderr))
-            progress = stack.enter_context(progress or Progress())
+            progress = stack.enter_context(progress or Progress("compare"))
             subjects = stack.enter_context(loaded(names, progress.say))
             stack.enter_context(tracking.impatient())
             run = stack.enter_context(mlflow.start_run(run_name=f"compare {' '.join(each.label for each in subjects)}"))
