@@ -252,6 +252,9 @@ def test_a_bad_question_is_refused_with_its_line(versions, tmp_path, row, messag
     ("arguments", "message"),
     [
         (ONE, "`MODEL` is given 1 times"),
+        ([*TWO, "--margin", "0.05"], "--margin needs --gate ALIAS"),
+        ([*TWO, "--drift", "inf"], "--drift needs --gate ALIAS"),
+        ([*TWO, "--slowdown", "2"], "--slowdown needs --gate ALIAS"),
         ([*TWO, "--gate", "new"], "`--margin` is 0.05, which 7 questions"),
         ([*TWO, "--gate", "new", "--margin", "1"], "`--margin` is 1; it must be"),
         ([*TWO, "--gate", "new", *FEW, "--drift", "0"], "`--drift` is 0; it must"),

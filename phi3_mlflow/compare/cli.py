@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from phi3_mlflow.progress import Progress
 from phi3_mlflow.verbs import as_json_option, emit
@@ -42,6 +43,10 @@ def compare(
       phi3-mlflow compare models:/phi3-transformers/1 models:/phi3-onnx/1 --questions mine.jsonl
       phi3-mlflow compare models:/phi3@champion models:/phi3/2 --gate champion
     """
+    if gate is None:
+        for name in ("margin", "drift", "slowdown"):
+            if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+                raise click.UsageError(f"--{name} needs --gate ALIAS: it is a bound for moving an alias")
     unfinished = None
     with Progress("compare", hidden=as_json) as progress:  # before what takes long to import
         from phi3_mlflow.bars import no_bars
