@@ -260,6 +260,7 @@ def test_a_bad_question_is_refused_with_its_line(versions, tmp_path, row, messag
         ([*TWO, "--gate", "new", *FEW, "--drift", "0"], "`--drift` is 0; it must"),
         ([*ONE, "runs:/1/model", "--gate", "new", *FEW], "`--gate` moves an alias of a registered model"),
         ([*ONE, *TWO, "--gate", "new", *FEW], "`--gate` takes two models"),
+        ([*TWO, "--gate", "champio", *FEW], f"`--gate` is champio, and {NAME} has no such alias but champion; give"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -268,7 +269,7 @@ def test_a_gate_that_means_nothing_is_refused_before_anything_is_loaded(versions
 
     assert result.exit_code == 2, result.output
     assert message in result.stderr
-    assert meaning("new") is None
+    assert meaning("new") is meaning("champio") is None
 
 
 def test_what_is_not_there_is_one_line(versions, seven, tmp_path):

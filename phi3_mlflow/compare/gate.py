@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import mlflow
@@ -13,6 +14,8 @@ from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error
 
 from .models import Name
 from .uncertainty import CONFIDENCE, least_questions, not_worse, ratio, upper
+
+_ALIKE = 0.8  # difflib's ratio of two aliases, one of which may be the other misspelled: champio and champion
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ def open_gate(names: Sequence[Name], alias: str) -> Gate:
         alias: the one to be moved.
 
     Raises:
-        InvalidRequest: there are not two models, or the candidate is no registered version.
+        InvalidRequest: there are not two models, the candidate is no registered version, or the alias is new and looks
+            like one that there is.
         BuildError: MLflow does not allow such an alias.
     """
     if len(names) != 2:
@@ -101,7 +105,14 @@ def open_gate(names: Sequence[Name], alias: str) -> Gate:
         raise InvalidRequest("--gate", problem)
     model, version = names[1].registered
     destination.check_names("candidate", model, alias)
-    return Gate(model, alias, version, _meaning(model, alias))
+    aliases = _aliases(model)
+    if alias not in aliases and (meant := get_close_matches(alias, aliases, 1, _ALIKE)):
+        raise InvalidRequest(
+            "--gate",
+            f"is {alias}, and {model} has no such alias but {meant[0]}; give that one, or where {alias} is meant, make "
+            f'it first: mlflow.MlflowClient().set_registered_model_alias("{model}", "{alias}", VERSION)',
+        )
+    return Gate(model, alias, version, aliases.get(alias))
 
 
 def judge(
@@ -152,7 +163,7 @@ def move(gate: Gate) -> None:
     Raises:
         Phi3Error: somebody else moved it meanwhile, so that the comparison says nothing of what it means now.
     """
-    if (now := _meaning(gate.model, gate.alias)) not in (gate.before, gate.version):
+    if (now := _aliases(gate.model).get(gate.alias)) not in (gate.before, gate.version):
         raise Phi3Error(
             f"the alias {gate.alias} of {gate.model} was moved from version {gate.before} to {now} meanwhile, and "
             "stays there: compare again"
@@ -173,8 +184,7 @@ def as_dict(gate: Gate, verdicts: Sequence[Verdict], bounds: Bounds) -> dict[str
     }
 
 
-def _meaning(model: str, alias: str) -> str | None:
-    client = mlflow.MlflowClient()
-    aliases: Mapping[str, Any] = client.get_registered_model(model).aliases
-    version = aliases.get(alias)
-    return None if version is None else str(version)
+def _aliases(model: str) -> dict[str, str]:
+    """The aliases of a registered model, and the versions that they mean."""
+    aliases: Mapping[str, Any] = mlflow.MlflowClient().get_registered_model(model).aliases
+    return {alias: str(version) for alias, version in aliases.items()}
