@@ -260,6 +260,7 @@ def test_a_bad_question_is_refused_with_its_line(versions, tmp_path, row, messag
         ([*TWO, "--gate", "new", *FEW, "--drift", "0"], "`--drift` is 0; it must"),
         ([*ONE, "runs:/1/model", "--gate", "new", *FEW], "`--gate` moves an alias of a registered model"),
         ([*ONE, *TWO, "--gate", "new", *FEW], "`--gate` takes two models"),
+        ([*ONE, *ONE, "--gate", "new", *FEW], "`--gate` would compare version 1 of compared with itself"),
         ([*TWO, "--gate", "champio", *FEW], f"`--gate` is champio, and {NAME} has no such alias but champion; give"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

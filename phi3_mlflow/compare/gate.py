@@ -94,8 +94,8 @@ def open_gate(names: Sequence[Name], alias: str) -> Gate:
         alias: the one to be moved.
 
     Raises:
-        InvalidRequest: there are not two models, the candidate is no registered version, or the alias is new and looks
-            like one that there is.
+        InvalidRequest: there are not two models, the candidate is no registered version or is the reference itself, or
+            the alias is new and looks like one that there is.
         BuildError: MLflow does not allow such an alias.
     """
     if len(names) != 2:
@@ -104,6 +104,9 @@ def open_gate(names: Sequence[Name], alias: str) -> Gate:
         problem = f"moves an alias of a registered model, and {names[1].given} is none; give models:/NAME/VERSION"
         raise InvalidRequest("--gate", problem)
     model, version = names[1].registered
+    if names[0].registered == names[1].registered:
+        problem = f"would compare version {version} of {model} with itself; the second model is the one that is to get"
+        raise InvalidRequest("--gate", f"{problem} the alias, and the first the one that it has to be as good as")
     destination.check_names("candidate", model, alias)
     aliases = _aliases(model)
     if alias not in aliases and (meant := get_close_matches(alias, aliases, 1, _ALIKE)):
