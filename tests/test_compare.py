@@ -251,7 +251,7 @@ def test_a_bad_question_is_refused_with_its_line(versions, tmp_path, row, messag
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (ONE, "`MODEL` is given 1 times"),
+        (ONE, "`MODEL` is given once; give two or more"),
         ([*TWO, "--margin", "0.05"], "--margin needs --gate ALIAS"),
         ([*TWO, "--drift", "inf"], "--drift needs --gate ALIAS"),
         ([*TWO, "--slowdown", "2"], "--slowdown needs --gate ALIAS"),

@@ -65,7 +65,8 @@ def compare(
         Phi3Error: a model failed, or the tracking store does not answer at the start. The alias is where it was then.
     """
     if len(models) < 2:
-        raise InvalidRequest("MODEL", f"is given {len(models)} times; it takes two models to compare")
+        given = "once" if models else "not at all"
+        raise InvalidRequest("MODEL", f"is given {given}; give two or more, the first being the one to compare with")
     asked = read(questions)
     scorers = needed(asked)
     bounds = bounds or Bounds()
