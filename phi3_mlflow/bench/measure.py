@@ -23,7 +23,7 @@ from phi3_mlflow import tracking
 from phi3_mlflow.bench.report import figure, log_run
 from phi3_mlflow.bench.requests import Answer, Requests, Subject, subject
 from phi3_mlflow.machine import forget_peak, machine, peak
-from phi3_mlflow.runtime.errors import InvalidRequest, shorten
+from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error, shorten
 from phi3_mlflow.unfinished import Unfinished
 
 _NEW = 16  # tokens behind the shared part of a prompt
@@ -170,10 +170,14 @@ def _check_plot(plot: Path) -> None:
     if plot.suffix.lower() != ".png" or not plot.absolute().parent.is_dir():
         problem = f"is {str(plot)!r}; it must be a file that ends in .png, in a folder that exists"
         raise InvalidRequest("--plot", problem)
-    existed = plot.exists()
-    plot.open("ab").close()
-    if not existed:
-        plot.unlink()
+    try:
+        existed = plot.exists()
+        plot.open("ab").close()
+        if not existed:
+            plot.unlink()
+    except OSError as error:
+        problem = f"--plot: {plot} cannot be written ({error.strerror}); name a file in a folder that can"
+        raise Phi3Error(problem) from error
 
 
 def run(

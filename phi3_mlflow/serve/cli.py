@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import sys
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -54,6 +54,17 @@ def _look_up(spec: "Spec") -> None:
             get_model_info(spec.uri)
     except (Phi3Error, mlflow.MlflowException, OSError, ValueError) as error:
         raise ServeError(f"the model `{spec.name}` cannot be loaded: {str(error).splitlines()[0]}{place}") from error
+
+
+def _lines(access_log: str) -> AbstractContextManager[TextIO]:
+    """Where the access log goes."""
+    if access_log == "-":
+        return nullcontext(sys.stderr)
+    try:
+        return Path(access_log).open("a", encoding="utf-8")
+    except OSError as error:
+        problem = f"--access-log: {access_log} cannot be written ({error.strerror})"
+        raise click.ClickException(f"{problem}; name a file in a folder that can, - for stderr, or none") from error
 
 
 @click.command(context_settings={"auto_envvar_prefix": "PHI3_MLFLOW_SERVE"})
@@ -139,6 +150,7 @@ def serve(
     known = read(keys)
     process = Process(host, port, drain, preload, trusted_proxy)
     with ExitStack() as stack:
+        lines = None if access_log == "none" else stack.enter_context(_lines(access_log))
         listening = stack.enter_context(listen(process))  # before any work
         specs = [Spec(*each) for each in _names(named, uris)]
         if not specs:
@@ -162,10 +174,7 @@ def serve(
             stack.callback(traces.close)
             observers.append(traces)
             backgrounds["traces"] = traces.queue
-        if access_log != "none":
-            lines: TextIO = sys.stderr
-            if access_log != "-":
-                lines = stack.enter_context(Path(access_log).open("a", encoding="utf-8"))
+        if lines is not None:
             log = AccessLog(lines, prompts=log_prompts, plain=lines.isatty())
             stack.callback(log.close)
             observers.append(log)

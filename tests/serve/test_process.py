@@ -221,6 +221,18 @@ def test_a_port_in_use_is_one_line_and_status_1(onnx_model):
     assert result.stderr == f"Error: {problem} that is free\n"
 
 
+def test_an_access_log_that_cannot_be_written_is_one_line_before_anything_is_listened_at(monkeypatch, tmp_path):
+    monkeypatch.setattr(server_module, "listen", lambda process: pytest.fail("it listens"))
+    log = tmp_path / "nowhere" / "access.log"
+    result = CliRunner().invoke(cli, ["serve", "--access-log", str(log)])
+
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"Error: --access-log: {log} cannot be written (No such file or directory); name a file in a folder that can, "
+        "- for stderr, or none\n"
+    )
+
+
 def test_an_address_of_another_machine_is_one_line_and_status_1(onnx_model):
     result = CliRunner().invoke(cli, ["serve", f"--name=a={onnx_model}", "-p", "0", "--host", "192.0.2.1"])
 
