@@ -8,6 +8,8 @@ from .errors import HttpError
 from .models import Models
 from .wire import JsonResponse
 
+_UNASKED = "has no model in memory yet: each is loaded at its first request, or at the start with --preload"
+
 
 def health(models: Models) -> Response:
     """Alive, as long as one of the models is not known to have failed: its requests are worth that the process lives.
@@ -35,8 +37,14 @@ def ready(models: Models, *, starting: bool, draining: bool) -> Response:
     failed = models.failed()
     state = [loaded.service.statistics() for loaded in models.loaded()]
     if draining or starting or not any(each.has_room for each in state):
-        waits = "is loading its models" if starting else "has no model with room in its queue"
-        problem = "is ending" if draining else waits if state or starting else "has no model"
+        if draining:
+            problem = "is ending"
+        elif starting:
+            problem = "is loading its models"
+        elif state:
+            problem = "has no model with room in its queue"
+        else:
+            problem = "has no model in memory" if failed else _UNASKED
         told = f"the server {problem}{f': {_told(failed)}' if failed else ''}"
         raise HttpError(503, told, kind="server_error", code="unavailable", retry_after=5)
     return _well(failed)

@@ -75,6 +75,9 @@ def test_a_model_that_ends_at_each_request_rests_for_longer_and_longer_and_the_o
     assert [[each.status_code for each in both] for both in seen] == [
         [200, 503], [200, 200], [200, 200], [503, 503], [200, 200],
     ]  # fmt: skip
+    assert seen[0][1].json()["error"]["message"] == (
+        "the server has no model in memory yet: each is loaded at its first request, or at the start with --preload"
+    )
     assert [each.json() for each in seen[1]] == [
         {"failed": {"a": "has ended and is loaded again at the next request"}}
     ] * 2
