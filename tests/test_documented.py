@@ -135,7 +135,7 @@ TABLE: dict[str, list[tuple[str, str]]] = {
         ("import mlflow", "tests/test_recipes.py::test_tracing_shows_the_tokens_on_the_models_page"),
     ],
     "docs/serve.md": [
-        *[("phi3-mlflow serve", f"{SERVED}test_every_command_that_starts_a_server_is_one")] * 3,
+        *[("phi3-mlflow serve", f"{SERVED}test_every_command_that_starts_a_server_is_one")] * 4,
         *[("curl", f"{SERVED}test_curl_gets_what_the_document_says")] * 2,
         ("from openai import OpenAI", f"{SERVED}test_the_python_client_prints_the_answer"),
         ("import OpenAI", f"{SERVED}test_the_javascript_client_prints_the_answer"),

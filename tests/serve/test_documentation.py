@@ -79,11 +79,16 @@ def test_every_command_that_starts_a_server_is_one(monkeypatch, tmp_path):
     commands = [
         shlex.split(line, comments=True)[1:] for line in re.findall(r"^phi3-mlflow serve.*$", DOCUMENT, re.MULTILINE)
     ]
-    assert len(commands) >= 4
+    asked_for = set(re.findall(r'\bmodel(?:=|: |_name=)"?([a-z]\w*)', DOCUMENT))
 
+    served = []
     for arguments in commands:
         result = CliRunner().invoke(cli, arguments)
         assert result.exit_code == 0, (arguments, result.output)
+        served.append(re.search(r"^Serving (.*) at ", result.stderr, re.MULTILINE)[1])
+
+    assert served == ["phi3", "phi3", "phi3", "fast, exact", "phi3"]
+    assert asked_for == {"phi3"}
 
 
 def test_every_option_that_is_named_is_one():
