@@ -8,11 +8,17 @@ FORMS = "a folder, models:/NAME@ALIAS, models:/NAME/VERSION, models:/ID or runs:
 
 
 def check(given: str) -> None:
-    """Refuses what can only mean a folder, and is none.
+    """Refuses what can only mean a folder, and is none, and a registered model without a version.
 
     Raises:
         Phi3Error: says where it was looked for, and what may be given.
     """
+    name = given.removeprefix("models:").strip("/")
+    # MLflow takes a name alone for the id of a logged model, and those begin with m-.
+    if given.startswith("models:/") and name and not name.startswith("m-") and not {"/", "@"} & set(name):
+        raise Phi3Error(
+            f"{given} says no version: give one, such as models:/{name}/1, or an alias, such as models:/{name}@champion"
+        )
     if ":/" in given or Path(given).is_dir():
         return
     path = Path(given).absolute()

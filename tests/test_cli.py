@@ -327,6 +327,10 @@ def test_chat_with_a_model_of_another_task_says_so(tmp_path):
         (["log", "transformers", "--weights", str(ROOT / "artifacts" / "onnx")], 1, "holds an ONNX model"),
         (["quantize", "./nowhere", "./out"], 1, "nowhere"),
         (["chat", "models:/nothing@here", "-p", "x"], 1, "name=nothing not found (looked for in sqlite:///"),
+        (["chat", "models:/phi3", "-p", "x"], 1, "models:/phi3 says no version: give one, such as models:/phi3/1, or"),
+        (["serve", "models:/phi3", "-p", "0"], 1, "`phi3` cannot be loaded: models:/phi3 says no version"),
+        (["verify", "models:/phi3"], 1, "models:/phi3 says no version"),
+        (["quantize", "models:/phi3", "out"], 1, "models:/phi3 says no version"),
         (["chat", "models:/m-0", "-p", "x"], 1, "MLFLOW_TRACKING_URI names another store"),
         (
             ["chat", "./nowhere", "-p", "x"],

@@ -12,7 +12,7 @@ from mlflow.store.artifact.utils.models import get_model_name_and_version
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
 
-from phi3_mlflow import tracking
+from phi3_mlflow import tracking, uris
 from phi3_mlflow.runtime.errors import Phi3Error
 
 
@@ -72,7 +72,7 @@ def fetch(uri: str, kept: Folder | None = None) -> Folder:
         kept: what was found before; used again where it is the same still.
 
     Raises:
-        Phi3Error: there is no such alias.
+        Phi3Error: there is no such alias, or neither a version nor an alias in the URI.
         MlflowException: there is no such model, or the store does not answer.
     """
     source, number = locate(uri)
@@ -90,12 +90,13 @@ def fetch(uri: str, kept: Folder | None = None) -> Folder:
 
 
 def locate(uri: str) -> tuple[str, str | None]:
-    """The address of a model's files, and the registered version; see `fetch`.
+    """The address of a model's files, and the registered version; raises as `fetch` does.
 
     Not left to `mlflow.artifacts.download_artifacts`, which writes into a local store and copies what a run names.
     """
     if not uri.startswith(("models:/", "runs:/")):
         return uri, None  # no store is asked, nor made
+    uris.check(uri)
     tracking.refuse_unwritable()
     with tracking.impatient():
         return _locate(mlflow.MlflowClient(), uri)
