@@ -69,12 +69,11 @@ class _Group(click.Group):
 
 def _searched(error: Exception) -> str:
     """Where something that is not there was looked for."""
-    import mlflow
-
     if getattr(error, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
         return ""
-    stores = " and ".join(dict.fromkeys([mlflow.get_tracking_uri(), mlflow.get_registry_uri()]))
-    return f" (looked for in {stores}; MLFLOW_TRACKING_URI names another store)"
+    from phi3_mlflow.tracking import searched
+
+    return f" ({searched()})"
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from sqlalchemy.engine import make_url
 
 from phi3_mlflow.disks import check_writable
 from phi3_mlflow.room import room
-from phi3_mlflow.runtime.errors import Phi3Error
+from phi3_mlflow.runtime.errors import Phi3Error, without_passwords
 
 _PATIENCE = 20  # seconds for an answer
 
@@ -46,6 +46,12 @@ def refuse_unwritable() -> None:
         raise Phi3Error(
             f"there is no tracking store {path.absolute()}, and its folder cannot be written to make one"
         ) from error
+
+
+def searched() -> str:
+    """Where a model that is not found was looked for, and how to name another store; without passwords."""
+    stores = " and ".join(dict.fromkeys([mlflow.get_tracking_uri(), mlflow.get_registry_uri()]))
+    return f"looked for in {without_passwords(stores)}; MLFLOW_TRACKING_URI names another store"
 
 
 def database_of(uri: str) -> Path | None:

@@ -331,6 +331,8 @@ def test_chat_with_a_model_of_another_task_says_so(tmp_path):
         (["serve", "models:/phi3", "-p", "0"], 1, "`phi3` cannot be loaded: models:/phi3 says no version"),
         (["verify", "models:/phi3"], 1, "models:/phi3 says no version"),
         (["quantize", "models:/phi3", "out"], 1, "models:/phi3 says no version"),
+        (["verify", "models:/nothing/1"], 1, "name=nothing not found (looked for in sqlite:///"),
+        (["azure", "check", "models:/nothing@here"], 1, "name=nothing not found (looked for in sqlite:///"),
         (["chat", "models:/m-0", "-p", "x"], 1, "MLFLOW_TRACKING_URI names another store"),
         (
             ["chat", "./nowhere", "-p", "x"],

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlparse
 from phi3_mlflow import uris
 from phi3_mlflow.azure.errors import AzureError
 from phi3_mlflow.runtime import manifest, mlmodel, snapshots
-from phi3_mlflow.runtime.errors import FormatError, shorten
+from phi3_mlflow.runtime.errors import FormatError, shorten, without_passwords
 
 # Written by MLflow beside a registered model when it is loaded; no part of the model.
 NOT_MODEL = frozenset({"registered_model_meta"})
@@ -150,11 +150,14 @@ def _resolve(uri: str, temporary: str) -> tuple[Path, str, str | None]:
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
+    from phi3_mlflow import tracking
+
     try:
         version, local = _version(uri), _local(_place(uri))
         return local or Path(download_artifacts(artifact_uri=uri, dst_path=temporary)), uri, version
     except MlflowException as error:
-        raise AzureError(f"MLflow does not find {shorten(uri)}: {error.message.splitlines()[0]}") from None
+        reason = without_passwords(error.message.splitlines()[0])
+        raise AzureError(f"MLflow does not find {shorten(uri)}: {reason} ({tracking.searched()})") from None
 
 
 def _place(uri: str) -> str:
