@@ -5,6 +5,7 @@ import logging
 import os
 import shlex
 import signal
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,10 @@ class _Group(click.Group):
             raise click.UsageError(str(error)) from error
         except BrokenPipeError:  # click ends quietly
             raise
+        except KeyboardInterrupt as error:
+            if sys.stderr.isatty():  # click ends the line on which the terminal shows ^C
+                raise
+            raise click.Abort from error
         except (Phi3Error, OSError) as error:
             raise click.ClickException(without_passwords(str(error))) from error
         except ModuleNotFoundError as error:

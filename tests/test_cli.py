@@ -85,7 +85,7 @@ def test_ctrl_c_while_models_are_checked_says_that_nothing_stands(monkeypatch):
     result = run("log", "both")
 
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith("What stands: nothing was logged or registered\n")
+    assert result.stderr == "What stands: nothing was logged or registered\nAborted!\n"
 
 
 def test_ctrl_c_while_the_second_of_two_is_registered_leaves_the_first_and_says_so(monkeypatch):
@@ -101,7 +101,7 @@ def test_ctrl_c_while_the_second_of_two_is_registered_leaves_the_first_and_says_
     result = run("log", "both", "--register", "cli-cut", "--alias", "new")
 
     assert (result.exit_code, result.stdout) == (1, "")
-    told, aborted = filter(None, result.stderr.splitlines())
+    told, aborted = result.stderr.splitlines()
     assert re.fullmatch(
         r"What stands: models:/m-\w+ \(transformers, registered as models:/cli-cut-transformers/1, which is "
         r"models:/cli-cut-transformers@new\), models:/m-\w+ \(onnx, logged and not registered\)",
@@ -394,3 +394,13 @@ def test_what_is_wrong_is_said_in_one_line(arguments, code, message):
     assert message in result.stderr
     assert "Traceback" not in result.output
     assert isinstance(result.exception, SystemExit)
+
+
+def test_ctrl_c_leaves_no_blank_line(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("phi3_mlflow.weights.resolve", interrupted)
+    result = run("pull", "embedded")
+
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "Aborted!\n")

@@ -184,7 +184,7 @@ def test_ctrl_c_leaves_no_model_that_is_pending_and_registers_none(store, monkey
     result = CliRunner().invoke(cli, ["log", "both", "--register", "phi3"])
 
     assert (result.exit_code, result.stdout) == (1, "")
-    assert re.fullmatch(f"What stands: {told}\n\nAborted!\n", result.stderr)
+    assert re.fullmatch(f"What stands: {told}\nAborted!\n", result.stderr)
     assert sorted(model.status.value for model in models(store)) == left
     assert len(list(store.rglob("MLmodel"))) == at - 1
     assert mlflow.MlflowClient().search_registered_models() == []

@@ -162,6 +162,8 @@ def _told(results: Sequence[Mapping[str, Any]]) -> Iterator[None]:
     except BaseException as error:
         if results or isinstance(error, KeyboardInterrupt):
             click.echo(f"What stands: {_standing(results) or 'nothing was logged or registered'}", err=True)
+        if isinstance(error, KeyboardInterrupt):
+            raise click.Abort from error
         raise
 
 
