@@ -475,9 +475,25 @@ def another_input(onnx, graph):
     next(node for node in graph.node if node.op_type == "GroupQueryAttention").input[10] = "cos_cache"
 
 
+def fewer(place):
+    """An edit: one number in the place of the first product's weights, of which OpenVINO would read on."""
+
+    def edit(onnx, graph):
+        node = next(node for node in graph.node if node.op_type == "MatMulNBits")
+        if place == 3:
+            node.input.append("zeros")
+        kind = np.float32 if place == 2 else np.uint8
+        node.input[place] = "too few"
+        graph.initializer.append(onnx.numpy_helper.from_array(np.ones(1, kind), "too few"))
+
+    return edit
+
+
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
+        (fewer(2), r"has weights of the shape \[1\] for \[576, 6, 1\] numbers"),
+        (fewer(3), r"has weights of the shape \[1\] for \[576, 6, 1\] numbers"),
         (other_operator("Sigmoid", "Tanh"), "node /model/layers.0/mlp/act_fn/Sigmoid is a Tanh, which is not known"),
         (
             attribute("GroupQueryAttention", "softcap", 30.0),

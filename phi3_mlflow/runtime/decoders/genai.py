@@ -59,7 +59,7 @@ class GenaiDecoder(Decoder):
         except InvalidRequest:
             raise
         except Exception as error:  # onnxruntime-genai raises whatever its C++ side throws
-            raise WeightsError(f"onnxruntime-genai cannot load {folder}: {error}") from error
+            raise WeightsError(f"onnxruntime-genai cannot load {folder}: {' '.join(str(error).split())}") from error
         eos = model["eos_token_id"]
         self.eos = frozenset(eos if isinstance(eos, list) else [eos])
         self._generator: og.Generator | None = None

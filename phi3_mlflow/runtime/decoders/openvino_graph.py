@@ -4,6 +4,7 @@ Knows the operators that the model builder of onnxruntime-genai writes for Phi-3
 its name. The weights stay in the mapped file.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -121,11 +122,15 @@ class _Builder:
         return found
 
     def constant(self, array: np.ndarray, shape: Sequence[int] | None = None, kind: Any = None) -> Any:
-        """A weight, without a copy."""
+        """A weight, without a copy; a `kind` of its own is u4, two numbers to a byte."""
+        shape = array.shape if shape is None else shape
+        # OpenVINO takes any shape, and reads on behind the array.
+        if array.size * (1 if kind is None else 2) < math.prod(shape):
+            raise CannotBatch(f"the graph has weights of the shape {list(array.shape)} for {list(shape)} numbers")
         if not (array.flags.c_contiguous and array.flags.aligned):
             array = np.require(array, requirements=["C", "A"])
         self._weights.append(array)
-        tensor = ov.Tensor(array, ov.Shape(shape or array.shape), kind or ov.Type(array.dtype))
+        tensor = ov.Tensor(array, ov.Shape(shape), kind or ov.Type(array.dtype))
         return Constant(tensor, shared_memory=True)
 
     def limit(self, node: Node, inputs: int, outputs: int = 1, **attributes: Any) -> None:
