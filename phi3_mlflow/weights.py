@@ -171,8 +171,12 @@ def onnx_files(folder: Path) -> list[Path]:
             f"{folder} holds a transformers model where an ONNX model is needed: run `{command}` first and give the "
             "folder that it writes"
         )
-    optional = (file for pattern in (*_ONNX_FILES, *_CARD_PATTERNS) for file in folder.glob(pattern) if file.is_file())
-    return sorted({*trust.onnx_files(folder), *map(trust.files.needed, optional)})
+    return sorted({*trust.onnx_files(folder), *_there(folder, *_ONNX_FILES, *_CARD_PATTERNS)})
+
+
+def _there(folder: Path, *patterns: str) -> list[Path]:
+    """The files of these names, none of which is a link that leaves the folder: a model gets a copy."""
+    return [trust.files.needed(file) for pattern in patterns for file in folder.glob(pattern) if file.is_file()]
 
 
 def _transformers_files(folder: Path) -> list[Path]:
@@ -187,7 +191,7 @@ def _transformers_files(folder: Path) -> list[Path]:
             f"{folder / 'config.json'} is missing, and adapter_config.json shows an adapter without its base "
             "model: merge it with PEFT's merge_and_unload and save the result"
         )
-    return trust.transformers_files(folder, folder)
+    return [*trust.transformers_files(folder, folder), *_there(folder, *_CARD_PATTERNS)]
 
 
 def _embedded_folder(form: Form) -> Path:

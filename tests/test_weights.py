@@ -327,6 +327,12 @@ class TestTransformersForm:
         (transformers_folder / "model-00001-of-00002.safetensors").write_bytes(b"")
         assert "model-00001-of-00002.safetensors is empty" in refused(transformers_folder, "transformers")
 
+    @pytest.mark.parametrize("name", ["LICENSE", "LICENSE.txt", "NOTICE", "README.md"])
+    def test_a_licence_that_is_a_link_to_a_file_elsewhere_is_refused(self, transformers_folder, tmp_path, name):
+        (tmp_path / "id_ed25519").write_text("a key")
+        (transformers_folder / name).symlink_to(tmp_path / "id_ed25519")
+        assert f"{name} is a link to" in refused(transformers_folder, "transformers")
+
     def test_a_git_lfs_pointer_is_refused_with_the_way_on(self, transformers_folder):
         pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
         (transformers_folder / "model-00001-of-00002.safetensors").write_bytes(pointer)

@@ -369,9 +369,9 @@ def _no_network() -> Iterator[None]:
 
 def _write_licence(path: Path, weights: Weights) -> None:
     """Replaces the note in which MLflow says that it found no licence."""
-    files = [file for file in weights.folder.glob("LICENSE*") if weights.folder != Path()]
+    files = [file for file in weights.folder.glob("LICENSE*") if weights.folder != Path() and file.is_file()]
     note = path / "LICENSE.txt"
     if files:
-        note.write_text(files[0].read_text("utf-8"), "utf-8")
+        note.write_text(files[0].read_text("utf-8", errors="replace"), "utf-8")
     else:
         note.write_text(f"Licence of the weights ({weights.source}): {weights.license}\n", "utf-8")
