@@ -14,7 +14,8 @@ from families import SMALL
 
 from phi3_mlflow.builders import onnx, transformers
 from phi3_mlflow.quantize import export
-from phi3_mlflow.quantize.sources import opened, read_json
+from phi3_mlflow.quantize.exporter import _stand_in
+from phi3_mlflow.quantize.sources import Source, opened, read_json
 from phi3_mlflow.runtime import loading
 from phi3_mlflow.runtime.decoders.base import Part
 from phi3_mlflow.runtime.errors import WeightsError
@@ -99,6 +100,30 @@ def test_a_logged_transformers_model_is_quantized_as_its_folder_is(tracking, tmp
     assert read_json(folder / "quantization.json")["source"] == "models:/to-quantize@champion"
     with opened(info.model_uri) as found:
         assert found.folder.name == "model"
+
+
+def test_of_a_logged_models_two_folders_nothing_is_taken_that_was_not_checked(tmp_path):
+    model, tokenizer = (Path(shutil.copytree(EMBEDDED, tmp_path / name)) for name in ("model", "tokenizer"))
+    (model / "tokenizer.json").unlink()
+    (tokenizer / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/elsewhere"}))
+    (tokenizer / "model.safetensors").write_bytes(b"never looked at")
+    (model / "later.py").write_text("")
+    _stand_in(Source(model, tokenizer, "a test"), read_json(model / "config.json"), tmp_path / "stand-in")
+    found = {path.name: path.resolve().parent.name for path in (tmp_path / "stand-in").iterdir()}
+    names = ("generation_config.json", "model.safetensors", "LICENSE")
+    expected = {
+        **dict.fromkeys(names, "model"),
+        **dict.fromkeys(("tokenizer.json", "tokenizer_config.json"), "tokenizer"),
+    }
+    assert found == {"config.json": "stand-in", **expected}
+
+
+def test_a_licence_that_is_a_link_out_of_a_logged_model_is_not_copied(tmp_path):
+    folder = Path(shutil.copytree(EMBEDDED, tmp_path / "model"))
+    (tmp_path / "id_ed25519").write_text("a key")
+    (folder / "NOTICE").symlink_to(tmp_path / "id_ed25519")
+    with pytest.raises(WeightsError, match="NOTICE is a link to"):
+        _stand_in(Source(folder, folder, "a test"), read_json(folder / "config.json"), tmp_path / "stand-in")
 
 
 def test_a_logged_model_of_the_other_kind_or_with_a_damaged_file_is_refused(tracking, tmp_path):

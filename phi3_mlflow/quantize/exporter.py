@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3_mlflow.room import room
-from phi3_mlflow.runtime import pretrained
+from phi3_mlflow.runtime import pretrained, trust
 from phi3_mlflow.runtime.errors import Phi3Error, WeightsError
 from phi3_mlflow.runtime.trust import rules
 
@@ -24,7 +24,8 @@ from .process import run
 from .sources import Source, check_adapter, merge, opened, read_json
 
 _PACKAGES = ("onnx", "onnx_ir", "torch", "transformers", "onnxruntime_genai")
-_COPIED = ("config.json", "generation_config.json", "tokenizer.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
+_LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
+_COPIED = ("config.json", "generation_config.json", "tokenizer.json", *_LICENCES)
 
 
 def export(
@@ -127,15 +128,16 @@ def _tokenizer_config(source: Path) -> dict[str, Any]:
 
 
 def _stand_in(source: Source, config: dict[str, Any], folder: Path) -> None:
-    """The source with a config that states the attention of each layer; everything else is linked.
+    """The source with a config that states the attention of each layer; what else is read of it is linked.
 
     Phi3Config has no `layer_types`, and without it the builder writes no sliding window into the attention.
     """
     folder.mkdir()
-    paths = {path.name: path for place in (source.folder, source.tokenizer) for path in place.iterdir()}
-    for name, path in paths.items():
-        if path.is_file() and name != "config.json" and path.suffix != ".py":
-            (folder / name).symlink_to(path.resolve())
+    licences = [source.folder / name for name in _LICENCES if (source.folder / name).is_file()]
+    # Nothing beside these was checked; transformers would take an adapter, or weights beside the tokenizer.
+    for path in (*trust.read_transformers(source.folder, source.tokenizer), *map(trust.files.needed, licences)):
+        if path.name != "config.json":
+            (folder / path.name).symlink_to(path.resolve())
     stated = dict(config)
     if config["model_type"] == "phi3":
         window = config.get("sliding_window")

@@ -89,12 +89,18 @@ def onnx_files(folder: Path) -> list[Path]:
 
 def read_onnx(folder: Path) -> list[Path]:
     """Every file of an ONNX folder that something reads: `onnx_files`, and what there is of what may be beside them."""
-    return sorted({*onnx_files(folder), *_beside(folder)})
+    return sorted({*onnx_files(folder), *_beside(folder, folder)})
 
 
-def read_transformers(folder: Path) -> list[Path]:
-    """Every file that something reads of a folder that transformers wrote; see `transformers_files` for the errors."""
-    return sorted({*transformers_files(folder, folder), *_beside(folder)})
+def read_transformers(folder: Path, tokenizer: Path | None = None) -> list[Path]:
+    """Every file that something reads of a model that transformers wrote; see `transformers_files` for the errors.
+
+    Args:
+        folder: holds config.json and the safetensors.
+        tokenizer: holds the tokenizer, and nothing else that is taken of it; None where that is beside them.
+    """
+    tokenizer = tokenizer or folder
+    return sorted({*transformers_files(folder, tokenizer), *_beside(folder, tokenizer)})
 
 
 def check_flat_transformers(folder: Path, names: Collection[str] | None = None) -> None:
@@ -119,10 +125,11 @@ def _check_named(folder: Path, read: Collection[Path], names: Collection[str]) -
         files.needed(folder / name)
 
 
-def _beside(folder: Path) -> list[Path]:
+def _beside(folder: Path, tokenizer: Path) -> list[Path]:
     """What there is of the files that are read where they are there."""
-    names = (*_JSON, tokenizer_json.NAME, *tokenizer_config.FILES, _TEMPLATE[0], "tokenizer.model")
-    return [files.needed(folder / name) for name in names if (folder / name).exists()]
+    names = (tokenizer_json.NAME, *tokenizer_config.FILES, _TEMPLATE[0], "tokenizer.model")
+    paths = (*(folder / name for name in _JSON), *(tokenizer / name for name in names))
+    return [files.needed(path) for path in paths if path.exists()]
 
 
 def check_transformers(folder: Path) -> None:
