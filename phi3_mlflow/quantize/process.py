@@ -14,6 +14,8 @@ from phi3_mlflow.runtime.errors import WeightsError
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
+_LONGEST = 500  # characters of a step's own words that are repeated
+
 
 def follow() -> None:
     """Called by the step's process, first of all: ends it at once when the process that has started it is gone.
@@ -67,5 +69,5 @@ def run(command: Sequence[str], what: str, report: Callable[[str], None] | None 
     if process.returncode == -9:
         raise WeightsError(f"{what} was killed, as the system does when memory runs out: close other programs")
     if process.returncode != 0:
-        reason = last[0] if last else "it printed nothing"
+        reason = last[0][:_LONGEST] if last else "it printed nothing"
         raise WeightsError(f"{what} failed with exit code {process.returncode}: {reason}")

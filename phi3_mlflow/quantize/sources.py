@@ -1,8 +1,9 @@
 """Where the weights to quantize come from: a folder, a hub id or a logged model, with a LoRA adapter merged or not."""
 
 import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _USED = (
     "peft_type", "r", "lora_alpha", "target_modules", "exclude_modules", "fan_in_fan_out", "bias", "use_rslora",
     "use_dora", "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
-    "layer_replication", "lora_bias", "target_parameters", "trainable_token_indices", "ensure_weight_tying",
+    "lora_bias", "target_parameters", "trainable_token_indices", "ensure_weight_tying",
 )  # fmt: skip
 # ... and what is of no account once it is trained.
 _IDLE = (
@@ -28,6 +29,11 @@ _IDLE = (
     "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
     "runtime_config", "task_type",
 )  # fmt: skip
+# peft searches the names of all matrices with these as regular expressions, of which some come to no end: (a+)+$.
+_SEARCHED = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "rank_pattern", "alpha_pattern")
+# Peft makes the matrices of a rank in memory before it looks at the file's; up to this one that is little.
+_SMALL_RANK = 256
+_REMEDY = "merge it with PEFT's merge_and_unload, save the result and quantize that"
 
 
 @dataclass(frozen=True)
@@ -96,16 +102,39 @@ def check_adapter(adapter: Path) -> dict[str, Any]:
     """
     for name in _ADAPTER:
         files.needed(adapter / name)
-    trust.tensors.header(adapter / _ADAPTER[1])
+    tensors = trust.tensors.header(adapter / _ADAPTER[1])
     path = adapter / _ADAPTER[0]
     config = files.plain(path, files.json_object(path))
     if config.get("peft_type") != "LORA":
         raise WeightsError(f"{path} has peft_type {shorten(config.get('peft_type'))}; only LORA can be merged")
     for name, value in config.items():
         if value and name not in (*_USED, *_IDLE):
-            raise WeightsError(f"{path} has {shorten(name)} with {shorten(value)}, which is not known here: merge it "
-                               "with PEFT's merge_and_unload, save the result and quantize that")  # fmt: skip
+            raise WeightsError(f"{path} has {shorten(name)} with {shorten(value)}, which is not known here: {_REMEDY}")
+    _check_searched(path, config)
+    _check_ranks(path, config, tensors)
     return {name: config[name] for name in _USED if name in config}
+
+
+def _check_searched(path: Path, config: Mapping[str, Any]) -> None:
+    for name in _SEARCHED:
+        value = config.get(name)
+        for each in [value] if isinstance(value, str) else value if isinstance(value, list | dict) else ():
+            if not isinstance(each, str) or not re.fullmatch(r"[\w.^$\\-]{1,200}", each, re.ASCII):
+                raise WeightsError(
+                    f"{path} has {name} with {shorten(each)}: it must be a name, without repetitions and groups; or "
+                    f"{_REMEDY}"
+                )
+
+
+def _check_ranks(path: Path, config: Mapping[str, Any], tensors: Mapping[str, trust.tensors.Tensor]) -> None:
+    ranks = [each.shape[0] for name, each in tensors.items() if re.search("lora_(embedding_)?A", name) and each.shape]
+    largest = max(ranks, default=0)
+    pattern = config.get("rank_pattern")
+    for rank in (config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())):
+        if type(rank) is not int or not 1 <= rank <= max(largest, _SMALL_RANK):
+            raise WeightsError(
+                f"{path} has the rank {shorten(rank)}, and the largest in {_ADAPTER[1]} is {largest}: copy both again"
+            )
 
 
 def merge(source: Path, adapter: Path, destination: Path, what: str) -> None:
