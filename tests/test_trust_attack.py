@@ -182,8 +182,8 @@ GRAPHS: dict[str, tuple[Callable[[Any], None], str]] = {
 }
 
 
-# With `parallel` plain onnxruntime comes first, and onnxruntime-genai where that cannot.
-SETTINGS = ({}, {"parallel": 2})
+# With `parallel` OpenVINO or plain onnxruntime comes first, and onnxruntime-genai where that cannot.
+SETTINGS = ({}, {"parallel": 2}, {"engine": "onnxruntime"}, {"engine": "openvino"})
 
 
 @pytest.fixture(params=[*CONFIGS, *GRAPHS])
