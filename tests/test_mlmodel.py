@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,6 +13,7 @@ from click.testing import CliRunner
 from phi3_mlflow.cli import cli
 from phi3_mlflow.runtime import mlmodel
 from phi3_mlflow.runtime.errors import FormatError
+from phi3_mlflow.runtime.model import load
 
 GOOD = {
     "flavors": {"python_function": {"loader_module": "mlflow.pyfunc.model", "config": {"task": "llm/v1/chat"}}},
@@ -110,6 +113,15 @@ def test_what_only_mlflow_understands_is_told_too(tmp_path, column):
     write(tmp_path, yaml.safe_dump(GOOD | {"signature": {"inputs": json.dumps([column])}}))
     with pytest.raises(FormatError, match="MLmodel is not as MLflow writes it"):
         mlmodel.load(tmp_path)
+
+
+def test_what_mlflows_transformers_flavor_cannot_take_is_told_when_the_model_is_loaded(saved, tmp_path):
+    folder = Path(shutil.copytree(saved["transformers"], tmp_path / "model"))
+    content = yaml.safe_load((folder / "MLmodel").read_text("utf-8"))
+    content["flavors"]["transformers"]["components"] = 5
+    (folder / "MLmodel").write_text(yaml.safe_dump(content), "utf-8")
+    with pytest.raises(FormatError, match=r"MLflow cannot load .*model \('int' object is not iterable\): copy"):
+        load(folder)
 
 
 @pytest.mark.parametrize("builder", ["transformers", "onnx"])

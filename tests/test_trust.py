@@ -141,6 +141,11 @@ class TestFiles:
         (onnx / "model.onnx.data").symlink_to(onnx / "numbers")
         trust.check(onnx)
 
+    def test_a_link_to_itself_is_refused(self, onnx):
+        (onnx / "notes").symlink_to("notes")
+        with pytest.raises(WeightsError, match="notes is a link that leads nowhere"):
+            trust.check(onnx)
+
     def test_a_folder_that_is_itself_a_link_is_followed(self, onnx, tmp_path):
         (tmp_path / "latest").symlink_to(onnx)
         trust.check(tmp_path / "latest")

@@ -323,7 +323,13 @@ def _pipeline(folder: Path, place: snapshots.Place, weights: Path) -> Any:
         pretrained.check(configuration)
         import mlflow.transformers
 
-        return mlflow.transformers.load_model(str(folder))
+        try:
+            return mlflow.transformers.load_model(str(folder))
+        except Exception as error:  # of any kind, where somebody changed MLmodel by hand
+            problem = " ".join(str(error).split())[:300] or type(error).__name__
+            raise FormatError(
+                f"MLflow cannot load {folder} ({problem}): copy the model again, or log it again"
+            ) from error
     device = MLFLOW_DEFAULT_PREDICTION_DEVICE.get()
     return loading.pipeline_in(weights, int(device) if device else None)
 

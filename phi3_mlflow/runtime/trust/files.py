@@ -187,7 +187,10 @@ def _check_link(path: Path, folder: Path | None = None) -> None:
     """Refuses a link that leaves the folder, unless it leads to the blobs of the hub's cache that the folder is in."""
     if not path.is_symlink() and folder is None:
         return
-    folder, target = (folder or path.parent).resolve(), path.resolve()
+    try:
+        folder, target = (folder or path.parent).resolve(), path.resolve()
+    except (OSError, RuntimeError) as error:  # Python 3.11 raises the second for links in a circle
+        raise WeightsError(f"{path} is a link that leads nowhere: do not use this copy") from error
     if target.is_relative_to(folder):
         return
     # The cache: models--ORGANIZATION--NAME/snapshots/COMMIT/FILE links to models--ORGANIZATION--NAME/blobs/HASH.
