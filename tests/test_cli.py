@@ -9,7 +9,9 @@ import re
 import signal
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import mlflow
 import pytest
@@ -404,3 +406,53 @@ def test_ctrl_c_leaves_no_blank_line(monkeypatch):
     result = run("pull", "embedded")
 
     assert (result.exit_code, result.stdout, result.stderr) == (1, "", "Aborted!\n")
+
+
+@pytest.fixture
+def stores():
+    """Sets the tracking store for one test."""
+    before = mlflow.get_tracking_uri()
+    yield mlflow.set_tracking_uri
+    mlflow.set_tracking_uri(before)
+
+
+LOOK_UPS = [["verify"], ["containerize"], ["azure", "check"], ["serve", "-p", "0"], ["chat", "-p", "Hello"]]
+
+
+@pytest.mark.parametrize("verb", LOOK_UPS, ids=" ".join)
+def test_a_store_that_cannot_be_made_is_told_at_once(verb, stores, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    stores(f"sqlite:///{file / 'mlflow.db'}")
+    result = run(*verb, "models:/phi3/1", *([str(tmp_path / "image")] if verb == ["containerize"] else []))
+
+    assert result.exit_code == 1
+    assert "there is no tracking store" in result.stderr, result.stderr
+    assert "Operation will be retried" not in result.stderr
+
+
+@pytest.mark.parametrize("verb", LOOK_UPS, ids=" ".join)
+def test_a_store_that_only_fails_is_not_asked_for_minutes(verb, stores, tmp_path, monkeypatch):
+    asked = []
+
+    class Failing(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(503)
+
+        def log_message(self, *arguments):
+            pass
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")  # MLflow's own waits make the minutes
+    with HTTPServer(("127.0.0.1", 0), Failing) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            stores(f"http://127.0.0.1:{server.server_port}")
+            result = run(*verb, "models:/phi3/1", *([str(tmp_path / "image")] if verb == ["containerize"] else []))
+        finally:
+            server.shutdown()
+            thread.join()
+
+    assert result.exit_code == 1, result.stderr
+    assert 1 <= len(asked) <= 3, asked

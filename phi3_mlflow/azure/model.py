@@ -152,8 +152,11 @@ def _resolve(uri: str, temporary: str) -> tuple[Path, str, str | None]:
 
     from phi3_mlflow import tracking
 
+    if uri.startswith(("models:", "runs:")):
+        tracking.refuse_unwritable()
     try:
-        version, local = _version(uri), _local(_place(uri))
+        with tracking.impatient():
+            version, local = _version(uri), _local(_place(uri))
         return local or Path(download_artifacts(artifact_uri=uri, dst_path=temporary)), uri, version
     except MlflowException as error:
         reason = without_passwords(error.message.splitlines()[0])

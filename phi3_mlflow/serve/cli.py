@@ -42,6 +42,7 @@ def _look_up(spec: "Spec") -> None:
     from phi3_mlflow.runtime import mlmodel
     from phi3_mlflow.runtime.errors import Phi3Error
 
+    from .folders import locate
     from .server import ServeError
 
     place = ""
@@ -51,7 +52,7 @@ def _look_up(spec: "Spec") -> None:
             mlmodel.load(Path(spec.uri))
         else:
             place = f" ({spec.uri} was looked for in {mlflow.get_tracking_uri()})"
-            get_model_info(spec.uri)
+            get_model_info(locate(spec.uri)[0])
     except (Phi3Error, mlflow.MlflowException, OSError, ValueError) as error:
         raise ServeError(f"the model `{spec.name}` cannot be loaded: {str(error).splitlines()[0]}{place}") from error
 
