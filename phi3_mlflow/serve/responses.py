@@ -101,8 +101,8 @@ def _format(text: Any) -> dict[str, Any]:
     for name, value in text.items():
         if name != "format" and value is not None:
             raise InvalidRequest(f"text.{name}", "is not known; it may hold `format`")
-    wanted = text.get("format") or {"type": "text"}
-    if not isinstance(wanted, Mapping) or wanted.get("type") not in _FORMATS:
+    wanted = {"type": "text"} if text.get("format") is None else text["format"]
+    if not isinstance(wanted, Mapping) or wanted.get("type") not in tuple(_FORMATS):  # which may be a list
         raise InvalidRequest("text.format", f"is {shorten(wanted)}; its `type` must be one of {', '.join(_FORMATS)}")
     given = {name: value for name, value in wanted.items() if name != "type" and value is not None}
     for name in given:
