@@ -223,5 +223,5 @@ def _status(record: Record) -> Status:
 
 
 def _json(value: Any) -> str:
-    """As MLflow writes attributes; half a surrogate pair, which no store takes, as its escape."""
-    return json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace").decode()
+    """As MLflow writes attributes; half a surrogate pair, which no store takes and MLflow reads, as a question mark."""
+    return json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "replace").decode()

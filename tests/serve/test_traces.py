@@ -178,7 +178,10 @@ def test_an_error_is_an_error_in_the_trace_too_and_a_client_that_left_is_none(tr
 def test_whatever_a_client_sends_its_trace_is_written(traces):
     written = traces()
     strange = request(
-        written, body={"messages": [{"content": "\ud800 \x00 é"}]}, session="s" * 9999, user="\u2028" * 999
+        written,
+        body={"messages": [{"role": "user", "content": "\ud800 \x00 é"}]},
+        session="s" * 9999,
+        user="\u2028" * 999,
     )
     large = request(written, body={"prompt": "a" * (2 << 20)})
     written.close(PATIENCE)
