@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 import phi3_mlflow
-from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error, without_passwords
+from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error, shown, without_passwords
 from phi3_mlflow.verbs import as_json_option, emit
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -30,6 +30,9 @@ _ELSEWHERE = {
     "log": "builders",
     "serve": "serve",
 }
+
+# Whose errors come through MLflow as they are, such as that there are no credentials.
+_CLOUDS = ("azure", "boto3", "botocore", "google")
 
 
 class _Group(click.Group):
@@ -67,7 +70,12 @@ class _Group(click.Group):
             from sqlalchemy.exc import SQLAlchemyError
 
             if isinstance(error, (MlflowException, SQLAlchemyError)):
-                told = f"{str(error).splitlines()[0]}{_searched(error)}"
+                told = shown(f"{str(error).splitlines()[0]}{_searched(error)}")
+                raise click.ClickException(without_passwords(told)) from error
+            if type(error).__module__.partition(".")[0] in _CLOUDS:
+                from phi3_mlflow.chat.texts import line
+
+                told = f"the store of the files was not reached: {line(str(error))}"
                 raise click.ClickException(without_passwords(told)) from error
             raise
 
@@ -161,7 +169,7 @@ def verify(
         listed = [{"name": check.name, "status": check.status, "detail": check.detail} for check in checks]
         emit(json.dumps({"model": model, "ok": not failed, "checks": listed}, indent=2))
     else:
-        emit(table(checks))
+        emit(shown(table(checks)))
     context.exit(1 if failed else 0)
 
 

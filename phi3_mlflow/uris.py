@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from phi3_mlflow.runtime.errors import Phi3Error
+from phi3_mlflow.runtime.errors import Phi3Error, without_passwords
 
 FORMS = "a folder, models:/NAME@ALIAS, models:/NAME/VERSION, models:/ID or runs:/RUN/NAME"
 
 
 def check(given: str) -> None:
-    """Refuses what can only mean a folder, and is none, and a registered model without a version.
+    """Refuses what can only mean a folder, and is none; a registered model without a version; and a server's address.
 
     Raises:
         Phi3Error: says where it was looked for, and what may be given.
@@ -19,6 +19,9 @@ def check(given: str) -> None:
         raise Phi3Error(
             f"{given} says no version: give one, such as models:/{name}/1, or an alias, such as models:/{name}@champion"
         )
+    if given.startswith(("http://", "https://")) and "/mlflow-artifacts/artifacts" not in given:
+        problem = f"{without_passwords(given)} is no address of a model's files"
+        raise Phi3Error(f"{problem}; a model is given as {FORMS} (`chat --url` talks to a server)")
     if ":/" in given or Path(given).is_dir():
         return
     path = Path(given).absolute()

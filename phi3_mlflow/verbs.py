@@ -1,6 +1,7 @@
 """What verbs of the command line share: options, and a result that is not lost with the output."""
 
 import json
+import math
 import os
 import sys
 from typing import Any
@@ -8,6 +9,17 @@ from typing import Any
 import click
 
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of the table.")
+
+
+class Number(click.FloatRange):
+    """A range of numbers; nan, which is within any range of click's, is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number; click.BadParameter where it is none of the range."""
+        number: float = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value} is not a valid number", param, ctx)
+        return number
 
 
 def parse_config(pairs: tuple[str, ...]) -> dict[str, Any]:
@@ -20,7 +32,7 @@ def parse_config(pairs: tuple[str, ...]) -> dict[str, Any]:
         if value:
             try:
                 config[name] = json.loads(value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 config[name] = value
     return config
 

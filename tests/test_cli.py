@@ -353,12 +353,23 @@ def test_chat_with_a_model_of_another_task_says_so(tmp_path):
             1,
             f"`nowhere` cannot be loaded: there is no folder {Path('nowhere').absolute()};",
         ),
+        (
+            ["verify", "http://127.0.0.1:1"],
+            1,
+            "http://127.0.0.1:1 is no address of a model's files; a model is given as",
+        ),
+        (["chat", "http://a:b@127.0.0.1:1/v1", "-p", "x"], 1, "http://127.0.0.1:1/v1 is no address of a model's files"),
+        (["serve", "https://127.0.0.1:1", "-p", "0"], 1, "`chat --url` talks to a server"),
         (["bench", "nowhere"], 1, f"there is no folder {Path('nowhere').absolute()}; a model is given as a folder"),
         (
             ["containerize", "nowhere", "out"],
             1,
             f"there is no folder {Path('nowhere').absolute()}; a model is given as",
         ),
+        (["serve", "-p", "0", "--host", ""], 1, "the host '' is no address: give one of this machine's"),
+        (["serve", "--timeout", "nan"], 2, "nan is not a valid number"),
+        (["chat", "--timeout", "nan"], 2, "nan is not a valid number"),
+        (["azure", "check", "x", "--uplink", "nan"], 2, "nan is not a valid number"),
         (["chat", "-p", "-"], 2, "the prompt is empty"),
         (["log", "onnx", "--raw"], 2, "--raw needs --task"),
         (["log", "both", "--raw", "--task", "llm/v1/chat"], 2, "--raw needs --task"),
@@ -456,3 +467,44 @@ def test_a_store_that_only_fails_is_not_asked_for_minutes(verb, stores, tmp_path
 
     assert result.exit_code == 1, result.stderr
     assert 1 <= len(asked) <= 3, asked
+
+
+@pytest.mark.parametrize("verb", [["log", "onnx", "-c"], ["chat", "-p", "x", "-o"], ["serve", "-p", "0", "-c"]])
+def test_a_value_that_is_nested_too_deeply_to_be_read_is_text(verb):
+    result = run(*verb, "temperature=" + "[" * 100_000)
+
+    assert result.exit_code == 2, result.output[-500:]
+    assert result.stderr.splitlines()[-1] == (
+        f"Error: `temperature` is '{'[' * 59}...; it must be a number from 0 to 2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["log", "onnx", "--register"], "the name {!r} is not allowed: it is not valid UTF-8"),
+        (["log", "onnx", "--name"], "the name {!r} is not allowed: it is not valid UTF-8"),
+        (["serve", "-p", "0", "--host"], "the host {!r} is no address"),
+    ],
+)
+def test_bytes_that_are_no_text_are_refused_before_anything_is_done(arguments, told):
+    result = run(*arguments, "\udcff")
+
+    assert result.exit_code == 1
+    assert told.format("\udcff") in result.stderr
+    assert "What stands" not in result.stderr
+
+
+def test_a_store_in_a_cloud_that_lets_nobody_in_is_told_in_one_line(monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+
+    for verb in (["verify"], ["chat", "-p", "x"]):
+        result = run(*verb, "s3://phi3-models/one")
+
+        assert isinstance(result.exception, SystemExit)
+        assert result.exit_code == 1
+        assert result.stderr == "Error: the store of the files was not reached: Unable to locate credentials\n"

@@ -12,7 +12,7 @@ from phi3_mlflow.chat import texts
 from phi3_mlflow.chat.commands import COMMANDS, Commands, Leave
 from phi3_mlflow.chat.conversation import OPTIONS, Conversation
 from phi3_mlflow.chat.models import ChatError, Logged
-from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error
+from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error, shown
 
 
 class Scripted:
@@ -333,17 +333,17 @@ def test_a_logged_model_shows_its_own_defaults_and_checks_what_depends_on_it(sav
 
 @pytest.mark.parametrize("text", ["a\x1b[2Jb", "\x9b31m", "\u202eabc", "\x07", "\ud83d", "\x08\x08"])
 def test_nothing_that_a_terminal_obeys_is_shown(text):
-    shown = texts.shown(text)
+    told = shown(text)
 
-    assert shown.isprintable()
-    assert shown.encode()
+    assert told.isprintable()
+    assert told.encode()
 
 
 def test_text_is_shown_as_it_is():
     text = "Größe\t½ 👩‍👩‍👧 שלום\n"
 
-    assert texts.shown(text) == text
-    assert texts.shown("a\r\nb") == "a\nb"
+    assert shown(text) == text
+    assert shown("a\r\nb") == "a\nb"
 
 
 def test_a_check_of_half_characters_names_the_option():

@@ -81,6 +81,15 @@ class TestFiles:
             assert reason in found
         assert json.loads(verify(model, "--json").stdout)["ok"] is False
 
+    def test_the_name_of_a_file_is_nothing_that_a_terminal_obeys(self, onnx):
+        (weights(onnx) / "\x1b]0;title\x07\x9b2J.json").write_text("{}")
+        loaded = CliRunner().invoke(cli, ["chat", "-p", "x", str(onnx)])
+        checked = verify(onnx)
+        for result, text in ((checked, checked.stdout), (loaded, loaded.stderr)):
+            assert result.exit_code == 1
+            assert r"\x1b]0;title\x07\x9b2J.json is not listed in manifest.json" in text
+            assert not any(char in text for char in "\x1b\x07\x9b")
+
     @pytest.mark.parametrize("given", ["a relative path", "a URI"])
     def test_files_are_told_where_the_user_said_the_model_is(self, model, given, monkeypatch):
         monkeypatch.chdir(model.parent)

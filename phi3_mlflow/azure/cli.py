@@ -21,6 +21,7 @@ from phi3_mlflow.azure.errors import SettingError
 from phi3_mlflow.azure.model import opened
 from phi3_mlflow.azure.settings import MOST_SECONDS, Settings, default_deployment, validate
 from phi3_mlflow.runtime.errors import Phi3Error
+from phi3_mlflow.verbs import Number
 
 F = TypeVar("F", bound=Callable[..., Any])
 _MODE = click.Choice(checks.MODES)
@@ -67,7 +68,7 @@ def workspace_flags(command: F) -> F:
 @click.option("--mode", type=_MODE, help="Fail unless this way of deployment is open; without it either will do.")
 @click.option(
     "--uplink",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     default=checks.DEFAULT_UPLINK,
     show_default=True,
     help="Speed of the line, in Mbit/s.",

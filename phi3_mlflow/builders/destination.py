@@ -28,6 +28,7 @@ from mlflow.utils.validation import (
 )
 
 from phi3_mlflow.disks import check_writable, existing
+from phi3_mlflow.runtime.surrogates import half
 from phi3_mlflow.tracking import check, create_database, database_of
 from phi3_mlflow.weights import Source
 
@@ -46,6 +47,9 @@ def check_names(name: str, registered: str | None, alias: str | None) -> None:
     Raises:
         BuildError: a name or alias is not allowed, or there is an alias without a registered model.
     """
+    for each in (name, registered or ""):
+        if half(each) is not None:
+            raise BuildError(f"the name {each!r} is not allowed: it is not valid UTF-8")
     with _as_build_error(f"the name {name!r} of the logged model is not allowed"):
         _validate_logged_model_name(name)
     if registered is not None:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import click
 
 from phi3_mlflow.runtime.options import check
-from phi3_mlflow.verbs import parse_config
+from phi3_mlflow.verbs import Number, parse_config
 
 
 @click.command()
@@ -23,7 +23,7 @@ from phi3_mlflow.verbs import parse_config
 @click.option("--model", "name", help="With --url: which of its models. Default: the only one.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(0.1),
+    type=Number(0.1),
     default=300.0,
     show_default=True,
     help="With --url: seconds for which the server may say nothing.",

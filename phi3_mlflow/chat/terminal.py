@@ -15,6 +15,8 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 
+from phi3_mlflow.runtime.errors import shown
+
 from . import texts
 from .commands import COMMANDS, WORDS
 from .conversation import OPTIONS
@@ -29,7 +31,7 @@ _MAX_HISTORY = 2**20  # bytes
 
 def tell(text: str) -> None:
     """A line that is no answer: to stderr, dim where that is a terminal."""
-    click.secho(texts.shown(text), err=True, dim=True)
+    click.secho(shown(text), err=True, dim=True)
 
 
 def tell_error(error: Exception) -> None:
@@ -39,7 +41,7 @@ def tell_error(error: Exception) -> None:
 
 def write(text: str) -> None:
     """A piece of an answer: to stdout, where that is a terminal without what it would obey."""
-    click.echo(texts.shown(text) if sys.stdout.isatty() else text, nl=False)
+    click.echo(shown(text) if sys.stdout.isatty() else text, nl=False)
 
 
 def reader(history: History) -> Callable[[], str]:

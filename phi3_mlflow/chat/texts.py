@@ -4,19 +4,12 @@ import json
 import re
 from typing import Any
 
-from phi3_mlflow.runtime.errors import InvalidRequest
+from phi3_mlflow.runtime.errors import InvalidRequest, shown
 from phi3_mlflow.runtime.surrogates import half
 
-# What a terminal would obey, and what hides or turns around the text after it; tab and newline are left.
-_OBEYED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # What no request may have.
 _REFUSED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 _LINE = 500  # characters
-
-
-def shown(text: str) -> str:
-    """The text as a terminal may have it: control characters are written out, carriage returns left out."""
-    return _OBEYED.sub(lambda found: repr(found[0])[1:-1], text.replace("\r", ""))
 
 
 def line(text: str) -> str:

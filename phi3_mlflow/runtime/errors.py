@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 _MAX_FIELD = 200  # characters
+# What a terminal would obey, and what hides or turns around the text after it; tab and newline are left.
+_OBEYED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Picklable(BaseException):
@@ -16,7 +18,13 @@ class Picklable(BaseException):
 
 
 class Phi3Error(Picklable, Exception):
-    """Base of every error that is meant for a person: its text is shown as one line, without a traceback."""
+    """Base of every error that is meant for a person: its text is shown as one line, without a traceback.
+
+    It may quote the names of files and what else came with a model; no terminal obeys them.
+    """
+
+    def __str__(self) -> str:
+        return shown(super().__str__())
 
 
 class InvalidRequest(Phi3Error):
@@ -56,6 +64,11 @@ class Unavailable(Phi3Error):
 
 class FormatError(Phi3Error):
     """A logged model whose format this runtime cannot read."""
+
+
+def shown(text: str) -> str:
+    """The text as a terminal may have it: control characters are written out, carriage returns left out."""
+    return _OBEYED.sub(lambda found: repr(found[0])[1:-1], text.replace("\r", ""))
 
 
 def without_passwords(text: str) -> str:

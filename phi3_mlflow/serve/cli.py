@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from phi3_mlflow import uris as model_uris
-from phi3_mlflow.verbs import parse_config
+from phi3_mlflow.verbs import Number, parse_config
 
 if TYPE_CHECKING:
     from .served import Spec
@@ -75,19 +75,19 @@ def _lines(access_log: str) -> AbstractContextManager[TextIO]:
 @click.option("-p", "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one.")
 @click.option("--preload", is_flag=True, help="Load models at the start, not at their first request.")
 @click.option("--max-loaded", type=click.IntRange(1), help="Models in memory; the least recently used one goes.")
-@click.option("--load-timeout", type=click.FloatRange(1), default=300.0, show_default=True, help="Seconds for a load.")
+@click.option("--load-timeout", type=Number(1), default=300.0, show_default=True, help="Seconds for a load.")
 @click.option("--watch", is_flag=True, help="Follow aliases: when @champion moves, the new version takes over.")
-@click.option("--watch-seconds", type=click.FloatRange(0.1), default=10.0, show_default=True, help="Between two looks.")
+@click.option("--watch-seconds", type=Number(0.1), default=10.0, show_default=True, help="Between two looks.")
 @click.option("--keys", type=click.Path(path_type=Path), help="A file with API keys, NAME=KEY a line.")
 @click.option("--cors", multiple=True, metavar="ORIGIN", help="Let pages of this origin call. Repeatable.")
 @click.option("--trusted-proxy", multiple=True, metavar="ADDRESS", help="Take its X-Forwarded-For. Repeatable.")
 @click.option("--max-body", type=click.IntRange(1024), default=4 * 2**20, show_default=True, help="Bytes of a request.")
-@click.option("--timeout", type=click.FloatRange(0.1), default=600.0, show_default=True, help="Seconds for an answer.")
+@click.option("--timeout", type=Number(0.1), default=600.0, show_default=True, help="Seconds for an answer.")
 @click.option("--max-concurrent", type=click.IntRange(1), help="Requests at once, those that wait included.")
-@click.option("--drain", type=click.FloatRange(0), default=30.0, show_default=True, help="Seconds to finish in.")
+@click.option("--drain", type=Number(0), default=30.0, show_default=True, help="Seconds to finish in.")
 @click.option("--parallel", type=click.IntRange(1, 64), help="Answers computed at once. Default: the model's, else 4.")
 @click.option("-c", "--config", multiple=True, metavar="NAME=VALUE", help="A setting or default of the models.")
-@click.option("--trace", type=click.FloatRange(0, 1), help="Trace this share of requests to MLflow, such as 1 or 0.1.")
+@click.option("--trace", type=Number(0, 1), help="Trace this share of requests to MLflow, such as 1 or 0.1.")
 @click.option(
     "--access-log", default="-", metavar="FILE", help="JSON lines, or none.  [default: stderr, plain on a terminal]"
 )

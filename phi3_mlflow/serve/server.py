@@ -18,6 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from phi3_mlflow.runtime.errors import Phi3Error
 from phi3_mlflow.runtime.hosting import RequestExecutor
+from phi3_mlflow.runtime.surrogates import half
 
 from .app import Server
 
@@ -113,8 +114,10 @@ def listen(process: Process) -> socket.socket:
     """The socket that the server listens at.
 
     Raises:
-        ServeError: the address is not this machine's, or the port is in use.
+        ServeError: the address is none or not this machine's, or the port is in use.
     """
+    if not process.host or half(process.host) is not None:  # no name would be every address of this machine
+        raise ServeError(f"the host {process.host!r} is no address: give one of this machine's, such as 127.0.0.1")
     try:
         family = socket.AF_INET6 if ":" in process.host else socket.AF_INET
         listening = socket.create_server((process.host, process.port), family=family, backlog=2048)
