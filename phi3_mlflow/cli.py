@@ -1,5 +1,6 @@
 """The command line: one verb, one function. Results go to stdout, everything else to stderr."""
 
+import io
 import json
 import logging
 import os
@@ -94,6 +95,8 @@ def main() -> None:
     # Nothing is reported that nobody asked to be, and MLflow tells no steps; it reads these when it is imported.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="surrogateescape")  # a folder's name, which need not be text, comes out as it is
     try:
         cli(prog_name="phi3-mlflow")
     finally:

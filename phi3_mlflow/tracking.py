@@ -32,12 +32,14 @@ def check() -> None:
 
 
 def refuse_unwritable() -> None:
-    """Refuses a local store that is not there and cannot be made.
+    """Refuses a local store that is a folder, or not there and cannot be made.
 
     Raises:
         Phi3Error: so it is. MLflow itself would try for minutes.
     """
     path = database_of(mlflow.get_tracking_uri())
+    if path is not None and path.is_dir():
+        raise Phi3Error(f"the tracking store {path.absolute()} is a folder, and an SQLite store is a file")
     if path is None or path.exists():
         return
     try:

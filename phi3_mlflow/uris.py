@@ -8,7 +8,7 @@ FORMS = "a folder, models:/NAME@ALIAS, models:/NAME/VERSION, models:/ID or runs:
 
 
 def check(given: str) -> None:
-    """Refuses what can only mean a folder, and is none; a registered model without a version; and a server's address.
+    """Refuses a path where there is no folder, a registered model without a version, and the address of a server.
 
     Raises:
         Phi3Error: says where it was looked for, and what may be given.

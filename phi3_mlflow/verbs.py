@@ -1,5 +1,6 @@
 """What verbs of the command line share: options, and a result that is not lost with the output."""
 
+import errno
 import json
 import math
 import os
@@ -48,6 +49,8 @@ def emit(text: str, kept: str | None = None) -> None:
         ClickException: it was not written to stdout.
     """
     try:
+        if sys.stdout is None:  # it was closed when Python began
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         click.echo(text)
     except OSError as error:
         _abandon_stdout()
@@ -59,6 +62,8 @@ def emit(text: str, kept: str | None = None) -> None:
 
 def _abandon_stdout() -> None:
     """Sends what Python still holds for stdout, and would complain of when it ends, to nowhere."""
+    if sys.stdout is None:
+        return
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)

@@ -6,6 +6,7 @@ Run: pytest tests/test_cli.py
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,7 +134,11 @@ def test_ctrl_c_while_the_interpreter_ends_is_quiet(handler, status):
     assert (done.returncode, done.stderr) == (status, "")
 
 
-OUTPUTS = {"a full disk": (">/dev/full", "No space left on device"), "a reader that is gone": ("| true", "Broken pipe")}
+OUTPUTS = {
+    "a full disk": (">/dev/full", "No space left on device"),
+    "a reader that is gone": ("| true", "Broken pipe"),
+    "a closed one": (">&-", "Bad file descriptor"),
+}
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
@@ -149,6 +154,29 @@ def test_a_result_that_the_output_does_not_take_is_on_stderr(what):
     assert Path(folder, "model.safetensors").is_file()
     assert error == f"Error: the output takes nothing ({problem}); the result stands above"
     assert status == "1"
+
+
+def test_an_answer_without_an_output_is_not_computed():
+    command = f"{sys.executable} -m phi3_mlflow chat -p x >&-"
+
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+
+    assert done.returncode == 2
+    assert done.stderr.endswith("Error: there is no standard output for the answer\n")
+
+
+def test_a_folder_whose_name_is_no_text_is_printed_as_it_is(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/\xffweights"
+    shutil.copytree(os.fsencode(ROOT / "artifacts" / "onnx"), folder)
+
+    done = subprocess.run(
+        [sys.executable, "-m", "phi3_mlflow", "pull", folder],
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+        capture_output=True,
+        timeout=120,
+    )
+
+    assert (done.returncode, done.stdout) == (0, folder + b"\n"), done.stderr
 
 
 @pytest.mark.parametrize("builder", ["transformers", "onnx"])

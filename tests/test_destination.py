@@ -298,6 +298,8 @@ def test_a_store_that_is_only_read_has_to_be_there_or_makeable(tmp_path, monkeyp
         look(good)
     with pytest.raises(Phi3Error, match=r"there is no tracking store .*, and its folder cannot be written"):
         look(unusable(tmp_path)["a file in the place of the folder"])
+    with pytest.raises(Phi3Error, match="is a folder, and an SQLite store is a file"):
+        look(f"sqlite:///{tmp_path}")
 
 
 def huge(builder: str, folder: Path) -> Path:

@@ -72,6 +72,8 @@ def chat(
 
     if prompt in (None, "-") and sys.stdin is None:
         raise click.UsageError("there is no standard input; give a question with -p")
+    if sys.stdout is None:
+        raise click.UsageError("there is no standard output for the answer")
     if prompt == "-":
         prompt = terminal.decoded(sys.stdin.buffer.read()).strip()
     if prompt is not None and not prompt:
