@@ -88,7 +88,7 @@ class Commands:
         try:
             return command.run(self, parts[1] if len(parts) == 2 else "")
         except OSError as error:  # of a file
-            raise ChatError(str(error)) from None
+            raise ChatError(f"{texts.line(line)}: {error.strerror or error}") from None
 
     def tell_stats(self) -> None:
         """Tells the numbers of the last answer."""
