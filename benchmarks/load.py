@@ -75,9 +75,9 @@ def arrivals(count: int, rate: float, seed: int) -> list[Arrival]:
 class Ours:
     """This toolkit's service over a decoder."""
 
-    def __init__(self, decoder: Any, folder: Path):
+    def __init__(self, decoder: Any, folder: Path, token_gap: float):
         # Random weights go round in circles, which proposals would make fast: speculation.py measures them.
-        settings = {"queue_limit": None, "renew_after": None, "speculation": False}
+        settings = {"queue_limit": None, "renew_after": None, "speculation": False, "token_gap": token_gap}
         self.service = Service(Tokens.from_folder(folder), decoder, **settings)
         self._never = dict.fromkeys(decoder.eos, -100.0)
 
@@ -156,7 +156,7 @@ def measure(asked: argparse.Namespace) -> dict[tuple[str, str], list[float]]:
         "openvino": lambda: OpenVinoDecoder(asked.folder, slots=asked.parallel, **shared),
     }
     engines: dict[str, Ours | Peer] = {
-        name: Ours(make(), asked.folder) for name, make in kinds.items() if name in asked.engines
+        name: Ours(make(), asked.folder, asked.token_gap) for name, make in kinds.items() if name in asked.engines
     }
     if "peer" in asked.engines and asked.folder == full_size.FOLDER and openvino_genai_peer.available():
         engines["OpenVINO GenAI"] = Peer(asked.threads)
@@ -200,6 +200,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=40)
     parser.add_argument("--rate", type=float, default=0.2, help="requests that come in a second, on average")
     parser.add_argument("--parallel", type=int, default=8)
+    parser.add_argument("--token-gap", type=float, default=0.25, help="seconds; the setting of this toolkit's engines")
     parser.add_argument("--threads", type=int, help="the engines' own choice where left out")
     parser.add_argument(
         "--engines",
