@@ -34,6 +34,7 @@ from phi3_mlflow.runtime.tokens import Tokens
 
 CONTEXT = 1024 + 128 + 16  # tokens
 PATIENCE = 3600  # seconds; only a broken engine takes as long
+TOKEN_GAP = 0.25  # seconds; the setting's default
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def arrivals(count: int, rate: float, seed: int) -> list[Arrival]:
 class Ours:
     """This toolkit's service over a decoder."""
 
-    def __init__(self, decoder: Any, folder: Path, token_gap: float):
+    def __init__(self, decoder: Any, folder: Path, token_gap: float = TOKEN_GAP):
         # Random weights go round in circles, which proposals would make fast: speculation.py measures them.
         settings = {"queue_limit": None, "renew_after": None, "speculation": False, "token_gap": token_gap}
         self.service = Service(Tokens.from_folder(folder), decoder, **settings)
@@ -150,14 +151,15 @@ def measure(asked: argparse.Namespace) -> dict[tuple[str, str], list[float]]:
     """All times by engine and row of the table, one for each round."""
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     shared: dict[str, Any] = {"context_length": CONTEXT, "threads": asked.threads}
-    kinds = {
-        "onnxruntime-genai": lambda: GenaiDecoder(asked.folder, **shared),
-        "onnxruntime": lambda: BatchedDecoder(asked.folder, slots=asked.parallel, **shared),
-        "openvino": lambda: OpenVinoDecoder(asked.folder, slots=asked.parallel, **shared),
-    }
-    engines: dict[str, Ours | Peer] = {
-        name: Ours(make(), asked.folder, asked.token_gap) for name, make in kinds.items() if name in asked.engines
-    }
+    engines: dict[str, Ours | Peer] = {}
+    if "onnxruntime-genai" in asked.engines:
+        engines["onnxruntime-genai"] = Ours(GenaiDecoder(asked.folder, **shared), asked.folder)
+    if "onnxruntime" in asked.engines:
+        batched = BatchedDecoder(asked.folder, slots=asked.parallel, **shared)
+        engines["onnxruntime"] = Ours(batched, asked.folder)
+    for gap in asked.token_gap if "openvino" in asked.engines else ():
+        paged = OpenVinoDecoder(asked.folder, slots=asked.openvino_parallel, **shared)
+        engines[f"openvino, {gap:g} s"] = Ours(paged, asked.folder, gap)
     if "peer" in asked.engines and asked.folder == full_size.FOLDER and openvino_genai_peer.available():
         engines["OpenVINO GenAI"] = Peer(asked.threads)
     for index in range(asked.rounds):
@@ -199,8 +201,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="alternations, each with a load of its own")
     parser.add_argument("--requests", type=int, default=40)
     parser.add_argument("--rate", type=float, default=0.2, help="requests that come in a second, on average")
-    parser.add_argument("--parallel", type=int, default=8)
-    parser.add_argument("--token-gap", type=float, default=0.25, help="seconds; the setting of this toolkit's engines")
+    parser.add_argument("--parallel", type=int, default=8, help="slots of onnxruntime")
+    parser.add_argument(
+        "--openvino-parallel", type=int, default=24, help="slots of openvino, which takes memory as it is used"
+    )
+    parser.add_argument(
+        "--token-gap", type=float, nargs="+", default=[TOKEN_GAP], help="seconds; openvino is measured with each"
+    )
     parser.add_argument("--threads", type=int, help="the engines' own choice where left out")
     parser.add_argument(
         "--engines",

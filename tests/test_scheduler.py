@@ -877,27 +877,6 @@ def test_a_decoder_that_mixes_prompts_and_rows_gives_the_answers_it_gives_alone(
         scheduler.close()
 
 
-@pytest.mark.parametrize("mixed", [False, True])
-def test_a_short_prompt_does_not_wait_for_a_long_one_and_the_long_one_moves(start, mixed):
-    decoder = FakeDecoder(lambda prompt: [], slots=2, context_length=1000, mixed=mixed, on_call=(gate := Gate()))
-    scheduler = start(decoder, token_gap=1e-9)
-    long = ask(scheduler, LETTERS[:9] * 40)  # 90 chunks of 4
-    assert gate.reached.wait(PATIENCE)
-    short = [ask(scheduler, [at, *LETTERS[:11]]) for at in range(5, 45)]  # 3 chunks each, more than the long one has
-    gate.open.set()
-    for one in [*short, long]:
-        one.result()
-    sizes = [(len(ids), slot) for name, slot, ids in decoder.calls if name == "prefill"]
-    slots = [slot for _, slot in sizes]
-    first = slots.index(1)
-    assert slots[first : first + 4].count(1) >= 3  # the first short one is served almost at once
-    until_last = slots[first : len(slots) - slots[::-1].index(1)]
-    moved = until_last.count(0)
-    assert moved >= len(until_last) // 4 - 1  # of four chunks one is the long one's
-    assert moved <= len(until_last) // 4 + 1
-    assert long.job.generation.sampled == 1
-
-
 def test_before_an_answer_has_ended_those_that_run_say_how_long_one_takes(start):
     reached, go_on = threading.Event(), threading.Event()
     steps = itertools.count(1)
