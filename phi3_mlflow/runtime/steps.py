@@ -15,9 +15,10 @@ _logger = logging.getLogger(__name__)
 
 # Tokens of prompts in a step: at the least, and in multiples, where answers wait for it.
 _LEAST = 4
-# Tokens in a step that reads prompts, at the most: OpenVINO's products are made for 64 rows at a time. At full size 64
-# take 1.0 s, 68 take 1.6 s, and 128 take 1.9 s.
-_MOST = 64
+# Tokens in a step that reads prompts: at the most, for the sake of memory and of those who wait for its end; and above
+# the size of a block in multiples of it, which OpenVINO's products are made for: at full size 64 take 1.0 s, 68 take
+# 1.6 s, and 128 take 1.9 s.
+_MOST, _BLOCK = 256, 64
 # Above so many answers there is no time to be saved by proposals: a step is full of them without.
 _PROPOSING = 2
 # How much of the pace the latest step says.
@@ -78,7 +79,8 @@ class Steps:
     def _room(self, taken: int, least: int, seconds: float) -> int:
         """How many tokens of prompts have room beside so many of answers in that time; at least as many as that."""
         fitting = 1 + (seconds / self._pace - 1) / self._decoder.cost if self._pace else 0
-        return max(int(min(fitting, _MOST)) - taken, least)
+        size = int(min(fitting, _MOST))
+        return max((size if size < _BLOCK else size // _BLOCK * _BLOCK) - taken, least)
 
     def _answers(self) -> dict[int, Part]:
         """The last token of every answer, and what is proposed to follow it."""
