@@ -388,6 +388,11 @@ def test_questions_may_be_a_table_with_cells_that_are_empty():
         questions.read(pd.DataFrame([{"expectations": expected}]))
 
 
+def test_bounds_without_an_alias_to_move_are_refused():
+    with pytest.raises(InvalidRequest, match=r"`bounds` is Bounds\(margin=0.1, .*, for moving an alias, and there is"):
+        comparison.compare(["models:/a/1", "models:/b/1"], bounds=Bounds(margin=0.1))
+
+
 def test_the_embedded_questions_are_enough_for_the_gates_own_margin():
     asked = questions.read()
 

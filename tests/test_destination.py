@@ -82,6 +82,11 @@ def models(store: Path) -> list[mlflow.entities.LoggedModel]:
         ({"task": 5}, "task is 5"),
         ({"template": "no"}, "template is 'no'"),
         ({"registered_model_name": "team/phi3"}, "the name 'team/phi3' of the registered model is not allowed: "),
+        (
+            {"name": "a\tb"},
+            r"the name 'a\\tb' is not allowed: it has a line break or another character that does not print",
+        ),
+        ({"registered_model_name": "a\nb"}, r"the name 'a\\nb' is not allowed: it has a line break"),
         ({"registered_model_name": "phi3:1"}, "the name 'phi3:1' of the registered model is not allowed: "),
         ({"registered_model_name": "phi3", "alias": "v1"}, "the alias 'v1' is not allowed: "),
         ({"registered_model_name": "phi3", "alias": "latest"}, "the alias 'latest' is not allowed: "),

@@ -50,6 +50,10 @@ def check_names(name: str, registered: str | None, alias: str | None) -> None:
     for each in (name, registered or ""):
         if half(each) is not None:
             raise BuildError(f"the name {each!r} is not allowed: it is not valid UTF-8")
+        if not each.isprintable():
+            raise BuildError(
+                f"the name {each!r} is not allowed: it has a line break or another character that does not print"
+            )
     with _as_build_error(f"the name {name!r} of the logged model is not allowed"):
         _validate_logged_model_name(name)
     if registered is not None:

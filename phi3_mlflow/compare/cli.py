@@ -54,7 +54,7 @@ def compare(
         from phi3_mlflow.compare.gate import Bounds
         from phi3_mlflow.compare.report import table
 
-        bounds = Bounds(margin, drift, slowdown)
+        bounds = None if gate is None else Bounds(margin, drift, slowdown)
         try:
             with no_bars():
                 result = comparison.compare(models, questions, gate=gate, bounds=bounds, seed=seed, progress=progress)

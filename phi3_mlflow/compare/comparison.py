@@ -67,6 +67,8 @@ def compare(
     if len(models) < 2:
         given = "once" if models else "not at all"
         raise InvalidRequest("MODEL", f"is given {given}; give two or more, the first being the one to compare with")
+    if bounds is not None and gate is None:
+        raise InvalidRequest("bounds", f"is {bounds}, for moving an alias, and there is none: give `gate`")
     asked = read(questions)
     scorers = needed(asked)
     bounds = bounds or Bounds()
