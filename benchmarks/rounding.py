@@ -1,7 +1,8 @@
 """What each choice of `phi3-mlflow quantize` costs and gives, as two tables.
 
 Quality is measured on the embedded model, in chats of the kind that it was trained on; speed and memory on weights of
-Phi-3-mini's shape with random numbers. A choice of full size takes minutes, with k-quant more than an hour.
+Phi-3-mini's shape with random numbers. A choice of full size takes a minute and a half, with k-quant some fifty seconds
+for each layer more.
 
     python benchmarks/rounding.py --quality-only
     python benchmarks/rounding.py --speed-only [--layers 32] [--only rtn-32] [--folder .bench/quantization]
