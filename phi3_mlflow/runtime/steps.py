@@ -136,7 +136,7 @@ class Steps:
         """Those whose prompts are to be read, the next one first: who waits longest for what is left to read.
 
         So a short prompt does not wait for a long one, and no number of short ones stops a long one (after the highest
-        response ratio next, Hansen 1971).
+        response ratio next, Brinch Hansen 1971).
         """
         now = time.monotonic()
         waiting = [(slot, slot.job) for slot in self._prefixes.slots if slot.job is not None and slot.pending]
