@@ -34,7 +34,6 @@ from phi3_mlflow.runtime.tokens import Tokens
 
 CONTEXT = 1024 + 128 + 16  # tokens
 PATIENCE = 3600  # seconds; only a broken engine takes as long
-TOKEN_GAP = 0.25  # seconds; the setting's default
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,9 @@ def arrivals(count: int, rate: float, seed: int) -> list[Arrival]:
 class Ours:
     """This toolkit's service over a decoder."""
 
-    def __init__(self, decoder: Any, folder: Path, token_gap: float = TOKEN_GAP):
+    def __init__(self, decoder: Any, folder: Path, **settings: Any):
         # Random weights go round in circles, which proposals would make fast: speculation.py measures them.
-        settings = {"queue_limit": None, "renew_after": None, "speculation": False, "token_gap": token_gap}
+        settings |= {"queue_limit": None, "renew_after": None, "speculation": False}
         self.service = Service(Tokens.from_folder(folder), decoder, **settings)
         self._never = dict.fromkeys(decoder.eos, -100.0)
 
@@ -159,7 +158,7 @@ def measure(asked: argparse.Namespace) -> dict[tuple[str, str], list[float]]:
         engines["onnxruntime"] = Ours(batched, asked.folder)
     for gap in asked.token_gap if "openvino" in asked.engines else ():
         paged = OpenVinoDecoder(asked.folder, slots=asked.openvino_parallel, **shared)
-        engines[f"openvino, {gap:g} s"] = Ours(paged, asked.folder, gap)
+        engines[f"openvino, {gap:g} s"] = Ours(paged, asked.folder, token_gap=gap)
     if "peer" in asked.engines and asked.folder == full_size.FOLDER and openvino_genai_peer.available():
         engines["OpenVINO GenAI"] = Peer(asked.threads)
     for index in range(asked.rounds):
@@ -206,7 +205,7 @@ def main() -> None:
         "--openvino-parallel", type=int, default=24, help="slots of openvino, which takes memory as it is used"
     )
     parser.add_argument(
-        "--token-gap", type=float, nargs="+", default=[TOKEN_GAP], help="seconds; openvino is measured with each"
+        "--token-gap", type=float, nargs="+", default=[0.25], help="seconds; openvino is measured with each"
     )
     parser.add_argument("--threads", type=int, help="the engines' own choice where left out")
     parser.add_argument(
