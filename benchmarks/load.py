@@ -30,6 +30,7 @@ from phi3_mlflow.runtime.decoders.genai import GenaiDecoder
 from phi3_mlflow.runtime.decoders.openvino import OpenVinoDecoder
 from phi3_mlflow.runtime.options import Options
 from phi3_mlflow.runtime.service import Service
+from phi3_mlflow.runtime.steps import TOKEN_GAP
 from phi3_mlflow.runtime.tokens import Tokens
 
 CONTEXT = 1024 + 128 + 16  # tokens
@@ -205,7 +206,7 @@ def main() -> None:
         "--openvino-parallel", type=int, default=24, help="slots of openvino, which takes memory as it is used"
     )
     parser.add_argument(
-        "--token-gap", type=float, nargs="+", default=[0.25], help="seconds; openvino is measured with each"
+        "--token-gap", type=float, nargs="+", default=[TOKEN_GAP], help="seconds; openvino is measured with each"
     )
     parser.add_argument("--threads", type=int, help="the engines' own choice where left out")
     parser.add_argument(

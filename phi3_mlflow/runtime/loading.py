@@ -15,6 +15,7 @@ from .decoders.processor import has_vnni
 from .errors import InvalidRequest, WeightsError
 from .service import Service
 from .settings import check_batching, check_config, default_options, refuse_batching, settings_of
+from .steps import TOKEN_GAP
 from .tokens import Tokens
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ _logger = logging.getLogger(__name__)
 DEFAULT_QUEUE_LIMIT = 64
 # Seconds without work after which answers are prefilled again.
 _RENEW_AFTER = 1.0
-# Seconds between two tokens of an answer while prompts are read beside it.
-_TOKEN_GAP = 0.25
 # A token that every vocabulary has.
 _TRIED = 5
 
@@ -130,7 +129,7 @@ def _arguments(settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[s
         "queue_timeout": settings.get("queue_timeout"),
         "reuse": settings.get("prefix_reuse", "exact"),
         "renew_after": _RENEW_AFTER if settings.get("idle_prefill", True) else None,
-        "token_gap": settings.get("token_gap", _TOKEN_GAP),
+        "token_gap": settings.get("token_gap", TOKEN_GAP),
         "speculation": settings.get("speculation", "auto") == "auto",
     }
 

@@ -20,7 +20,7 @@ from .jobs import MOST, Batch, Job, Queue
 from .pace import Pace
 from .prefixes import Prefixes, Reuse, Slot
 from .statistics import Counts, Statistics
-from .steps import Steps
+from .steps import TOKEN_GAP, Steps
 
 _logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Scheduler:
         queue_timeout: float | None = None,
         reuse: Reuse = "exact",
         renew_after: float | None = 1.0,
-        token_gap: float = 0.25,
+        token_gap: float = TOKEN_GAP,
         speculation: bool = True,
     ):
         self._decoder = decoder

@@ -13,6 +13,8 @@ from .statistics import Counts
 
 _logger = logging.getLogger(__name__)
 
+# Seconds that may pass between two tokens of an answer while prompts are read, where nobody says.
+TOKEN_GAP = 0.25
 # Tokens of prompts in a step: at the least, and in multiples, where answers wait for it.
 _LEAST = 4
 # Tokens in a step that reads prompts: at the most, for the sake of memory and of those who wait for its end; and above
