@@ -39,6 +39,7 @@ def _look_up(spec: "Spec") -> None:
     import mlflow
     from mlflow.models import get_model_info
 
+    from phi3_mlflow import tracking
     from phi3_mlflow.runtime import mlmodel
     from phi3_mlflow.runtime.errors import Phi3Error
 
@@ -51,7 +52,7 @@ def _look_up(spec: "Spec") -> None:
         if Path(spec.uri).is_dir():
             mlmodel.load(Path(spec.uri))
         else:
-            place = f" ({spec.uri} was looked for in {mlflow.get_tracking_uri()})"
+            place = f" ({tracking.searched()})"
             get_model_info(locate(spec.uri)[0])
     except (Phi3Error, mlflow.MlflowException, OSError, ValueError) as error:
         raise ServeError(f"the model `{spec.name}` cannot be loaded: {str(error).splitlines()[0]}{place}") from error

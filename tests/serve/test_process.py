@@ -86,7 +86,7 @@ def test_the_password_of_a_tracking_server_is_not_shown():
         server = start("models:/phi3/1", log=log, environment=variables)
 
         assert server.process.wait(PATIENCE) == 1
-        assert f"was looked for in http://{address}" in server.output()
+        assert f"looked for in http://{address}" in server.output()
         assert "ssword" not in server.output()
 
 
