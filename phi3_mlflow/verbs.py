@@ -53,14 +53,14 @@ def emit(text: str, kept: str | None = None) -> None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         click.echo(text)
     except OSError as error:
-        _abandon_stdout()
+        abandon_stdout()
         if kept is None:
             click.echo(text, err=True)
             kept = "the result stands above"
         raise click.ClickException(f"the output takes nothing ({error.strerror}); {kept}") from None
 
 
-def _abandon_stdout() -> None:
+def abandon_stdout() -> None:
     """Sends what Python still holds for stdout, and would complain of when it ends, to nowhere."""
     if sys.stdout is None:
         return

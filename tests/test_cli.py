@@ -156,6 +156,16 @@ def test_a_result_that_the_output_does_not_take_is_on_stderr(what):
     assert status == "1"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_that_the_output_does_not_take_ends_with_one_line(option):
+    command = f"{sys.executable} -m phi3_mlflow {option} >/dev/full"
+
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+
+    assert (done.returncode, done.stderr) == (1, "Error: the output takes nothing (No space left on device)\n")
+
+
 def test_an_answer_without_an_output_is_not_computed():
     command = f"{sys.executable} -m phi3_mlflow chat -p x >&-"
 

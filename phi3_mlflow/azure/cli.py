@@ -5,7 +5,7 @@ It holds no rule of its own; each verb's work is in the module of its name.
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from phi3_mlflow.azure.errors import SettingError
 from phi3_mlflow.azure.model import opened
 from phi3_mlflow.azure.settings import MOST_SECONDS, Settings, default_deployment, validate
 from phi3_mlflow.runtime.errors import Phi3Error
-from phi3_mlflow.verbs import Number
+from phi3_mlflow.verbs import Number, emit
 
 F = TypeVar("F", bound=Callable[..., Any])
 _MODE = click.Choice(checks.MODES)
@@ -84,19 +84,21 @@ def check_command(model_uri: str, mode: checks.Mode | None, uplink: float, as_js
     now, staged = checks.passing(findings), checks.passing_staged(findings)
     if as_json:
         data = {"modes": now, "modes_after_register": staged, "findings": [finding.as_dict() for finding in findings]}
-        click.echo(json.dumps(data, indent=2))
+        emit(json.dumps(data, indent=2))
     else:
-        for finding in findings:
-            click.echo(f"{finding.status:<8} {finding.rule}: {finding.found}")
-            if finding.fix:
-                click.echo(f"{'':<8} -> {finding.fix}")
-        for way in checks.MODES:
-            verdict = (
-                "will load" if way in now else "will load as `azure register` uploads it" if way in staged else "no"
-            )
-            click.echo(f"{checks.MODE_NAMES[way]} (--mode {way}): {verdict}")
+        emit("\n".join(_report(findings, now, staged)))
     if not staged or (mode and mode not in staged):
         raise click.exceptions.Exit(1)
+
+
+def _report(findings: Sequence[checks.Finding], now: Sequence[str], staged: Sequence[str]) -> Iterator[str]:
+    for finding in findings:
+        yield f"{finding.status:<8} {finding.rule}: {finding.found}"
+        if finding.fix:
+            yield f"{'':<8} -> {finding.fix}"
+    for way in checks.MODES:
+        verdict = "will load" if way in now else "will load as `azure register` uploads it" if way in staged else "no"
+        yield f"{checks.MODE_NAMES[way]} (--mode {way}): {verdict}"
 
 
 @azure.command("register")
@@ -150,17 +152,15 @@ def register_command(
             with opened(str(model_uri)) as model, _Meters() as meters:
                 candidate = register.prepare(model, stage_to or Path(temporary), mode, meters)
                 if target is None:
-                    click.echo(candidate.model.folder)
+                    emit(str(candidate.model.folder))
                     return
                 client = workspace.connect(target)
                 done = register.register(client, target, candidate, name, version, datastore, meters)
     if as_json:
-        click.echo(json.dumps(done.as_dict(), indent=2))
+        emit(json.dumps(done.as_dict(), indent=2))
         return
     _say("registered" if done.created else "registered already, nothing was done")
-    click.echo(f"azureml:{done.name}:{done.version}")
-    click.echo(done.id)
-    click.echo(done.url)
+    emit(f"azureml:{done.name}:{done.version}\n{done.id}\n{done.url}")
 
 
 @azure.command("deploy")
@@ -246,14 +246,12 @@ def deploy_command(
         done = deploying.deploy(client, place, made, written, _say)
     calls = render(done.uri, made.request, timeout)
     if as_json:
-        click.echo(json.dumps({**done.as_dict(), "calls": calls}, indent=2))
+        emit(json.dumps({**done.as_dict(), "calls": calls}, indent=2))
         return
     _say(f"it answered after {done.seconds:.1f} s: {done.answer}")
-    click.echo(done.uri)
-    click.echo(f"\n# The key: export {KEY_VARIABLE}=$(az ml online-endpoint get-credentials --name {done.endpoint} \\")
-    click.echo(f"#   {place.az_flags} --query primaryKey --output tsv)")
-    for language, call in calls.items():
-        click.echo(f"\n# {language}\n{call}")
+    key = f"# The key: export {KEY_VARIABLE}=$(az ml online-endpoint get-credentials --name {done.endpoint} \\"
+    key += f"\n#   {place.az_flags} --query primaryKey --output tsv)"
+    emit("\n\n".join([done.uri, key, *(f"# {language}\n{call}" for language, call in calls.items())]))
 
 
 def _dry(made: plan.Plan, folder: Path, place: workspace.Workspace | None, notes: list[str], as_json: bool) -> None:
@@ -261,12 +259,9 @@ def _dry(made: plan.Plan, folder: Path, place: workspace.Workspace | None, notes
         _say(f"note: {note}")
     files, commands = plan.write(made, folder), plan.commands(made, folder, place)
     if as_json:
-        click.echo(json.dumps({"files": [str(path) for path in files], "commands": commands}, indent=2))
-        return
-    for path in files:
-        click.echo(path)
-    for command in commands:
-        click.echo(command)
+        emit(json.dumps({"files": [str(path) for path in files], "commands": commands}, indent=2))
+    else:
+        emit("\n".join([*map(str, files), *commands]))
 
 
 def _from_model(settings: Settings, model_uri: str) -> tuple[Settings, list[str], str]:

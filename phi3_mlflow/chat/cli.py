@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import click
 
 from phi3_mlflow.runtime.options import check
-from phi3_mlflow.verbs import Number, parse_config
+from phi3_mlflow.verbs import Number, emit, parse_config
 
 
 @click.command()
@@ -97,7 +97,7 @@ def chat(
                 terminal.tell("Warning: the key goes to the server unencrypted; https protects it")
             conversation.set_system(system)
             if as_json and prompt is not None:
-                click.echo(json.dumps(conversation.ask_whole(prompt), indent=2, ensure_ascii=False))
+                emit(json.dumps(conversation.ask_whole(prompt), indent=2, ensure_ascii=False))
             elif prompt is not None:
                 for text in conversation.ask(prompt):
                     terminal.write(text)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from phi3_mlflow.verbs import parse_config
+from phi3_mlflow.verbs import emit, parse_config
 
 
 @click.command()
@@ -62,8 +62,8 @@ def containerize(
         write(planned, folder, progress=not as_json and sys.stderr.isatty())
     if as_json:
         size = {"request_mib": planned.memory.request, "limit_mib": planned.memory.limit, "kv_bytes": planned.memory.kv}
-        click.echo(json.dumps({"folder": str(folder), "image": image, "name": name, "memory": size}, indent=2))
+        emit(json.dumps({"folder": str(folder), "image": image, "name": name, "memory": size}, indent=2))
         return
-    click.echo(folder)
+    emit(str(folder))
     click.echo(f"Memory: {planned.memory.request} MiB, at most {planned.memory.limit} MiB", err=True)
     click.echo(f"Build it:  docker build --tag {image} {folder}", err=True)
