@@ -43,10 +43,12 @@ ENDLESS = {"logit_bias": {"2048": -100, "2049": -100, "2055": -100}, "repetition
 
 
 def state(pid: int) -> dict[str, float]:
-    """What a process holds: MiB that are its own, threads, open files and sockets."""
+    """What a process holds: MiB of memory besides the pages of files, threads, open files and sockets."""
     process = psutil.Process(pid)
+    # A library's pages would be the process's own from when no other process has them mapped any more.
+    memory = process.memory_info()
     return {
-        "memory": round(process.memory_full_info().uss / 2**20, 1),
+        "memory": round((memory.rss - memory.shared) / 2**20, 1),
         "threads": process.num_threads(),
         "files": process.num_fds(),
     }
