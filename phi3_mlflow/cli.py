@@ -15,7 +15,7 @@ import click
 
 import phi3_mlflow
 from phi3_mlflow.runtime.errors import InvalidRequest, Phi3Error, shown, without_passwords
-from phi3_mlflow.verbs import abandon_stdout, as_json_option, emit
+from phi3_mlflow.verbs import as_json_option, emit, untaken
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -100,9 +100,9 @@ def main() -> None:
     try:
         cli(prog_name="phi3-mlflow")
     except OSError as error:  # help, or the version; commands have told of theirs
-        abandon_stdout()
-        click.echo(f"Error: the output takes nothing ({error.strerror})", err=True)
-        sys.exit(1)
+        told = untaken(error)
+        told.show()
+        sys.exit(told.exit_code)
     finally:
         # All is said. The end of the interpreter takes seconds with torch, and each of its parts would tell of Ctrl-C.
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

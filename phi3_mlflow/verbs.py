@@ -53,17 +53,19 @@ def emit(text: str, kept: str | None = None) -> None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         click.echo(text)
     except OSError as error:
-        abandon_stdout()
         if kept is None:
             click.echo(text, err=True)
             kept = "the result stands above"
-        raise click.ClickException(f"the output takes nothing ({error.strerror}); {kept}") from None
+        raise untaken(error, kept) from None
 
 
-def abandon_stdout() -> None:
-    """Sends what Python still holds for stdout, and would complain of when it ends, to nowhere."""
-    if sys.stdout is None:
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
+def untaken(error: OSError, *kept: str) -> click.ClickException:
+    """What is to be told where stdout takes nothing; what Python still holds for it goes to nowhere.
+
+    Otherwise Python would complain of that when it ends.
+    """
+    if sys.stdout is not None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+    return click.ClickException("; ".join([f"the output takes nothing ({error.strerror})", *kept]))

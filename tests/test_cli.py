@@ -6,6 +6,7 @@ Run: pytest tests/test_cli.py
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -154,6 +155,29 @@ def test_a_result_that_the_output_does_not_take_is_on_stderr(what):
     assert Path(folder, "model.safetensors").is_file()
     assert error == f"Error: the output takes nothing ({problem}); the result stands above"
     assert status == "1"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize(
+    ("verb", "result"),
+    [
+        (["chat", "{model}", "-p", "What is the capital of Spain?", "--json"], "The capital of Spain is Madrid."),
+        (["azure", "check", "{model}"], "(--mode container): will load"),
+        (["containerize", "{model}", "{folder}", "--memory", "1GiB"], "{folder}"),
+    ],
+)
+def test_no_verb_loses_its_result_in_a_full_disk(saved, tmp_path, verb, result):
+    names = {"model": saved["onnx"], "folder": tmp_path / "image"}
+    command = shlex.join([sys.executable, "-m", "phi3_mlflow", *(part.format(**names) for part in verb)])
+
+    done = subprocess.run(
+        ["sh", "-c", f"{command} >/dev/full"], capture_output=True, text=True, timeout=300, check=False
+    )
+
+    assert done.returncode == 1
+    assert result.format(**names) in done.stderr
+    told = "Error: the output takes nothing (No space left on device); the result stands above"
+    assert done.stderr.splitlines()[-1] == told
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
